@@ -1,0 +1,139 @@
+"""A tiny random Qwen2-VL, written as an ordinary local checkpoint: the base of the demo and of the tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+QWEN_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+HEAD_DIM = 32
+
+
+def make_tiny_base(
+    folder: str | Path,
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 2048,
+    hidden_size: int = 192,
+    layers: int = 3,
+    vision_size: int = 128,
+    vision_layers: int = 2,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 1280 * 28 * 28,
+    seed: int = 0,
+) -> Path:
+    """Write a tiny random Qwen2-VL checkpoint: weights, configuration, tokenizer and image processor.
+
+    The tokenizer is a byte-level BPE with Qwen's split pattern, trained on ``texts``, with all of Qwen's special tokens.
+    Weights are drawn with a standard deviation of 1/sqrt(fan_in): with transformers' default of 0.02 a model as narrow as
+    this one hardly learns.
+
+    Args:
+        folder: Where the checkpoint goes.
+        texts: Corpus of the tokenizer.
+        vocab_size: Most entries of the vocabulary, special tokens not counted.
+        hidden_size: Width of the language model, a multiple of 32.
+        layers: Layers of the language model.
+        vision_size: Width of the vision tower, a multiple of 32.
+        vision_layers: Layers of the vision tower.
+        min_pixels: Fewest pixels of an image after resizing.
+        max_pixels: Most pixels of an image after resizing.
+        seed: Seed of the weights; the global random state is left alone.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size)
+    config = _config(tokenizer, hidden_size, layers, vision_size, vision_layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+        _draw_weights(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=min_pixels, max_pixels=max_pixels).save_pretrained(folder)
+    return Path(folder)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Train a byte-level BPE of Qwen2's kind on a corpus."""
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=bpe.get_vocab(), merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL_TOKENS[1:])})
+    return tokenizer
+
+
+def _config(
+    tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vision_size: int, vision_layers: int
+) -> Qwen2VLConfig:
+    heads = hidden_size // HEAD_DIM
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    ids |= {name: tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": hidden_size * 3,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // 2),
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "embed_dim": vision_size,
+            "hidden_size": hidden_size,
+            "depth": vision_layers,
+            "num_heads": vision_size // HEAD_DIM,
+            "mlp_ratio": 3,
+        },
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        image_token_id=ids["image"],
+        video_token_id=ids["video"],
+        tie_word_embeddings=True,
+    )
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv3d)):
+            fan_in = module.weight[0].numel()
+            module.weight.normal_(std=1 / math.sqrt(fan_in))
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(std=0.5)

@@ -1,0 +1,9 @@
+"""Search over texts, images and mixed items: build an index, query it, look at the results."""
+
+from __future__ import annotations
+
+from sentence_vipyloqwen.index.fingerprint import Fingerprint, fingerprint
+from sentence_vipyloqwen.index.report import SearchResult, write_report
+from sentence_vipyloqwen.index.vector_index import Hit, VectorIndex
+
+__all__ = ["Fingerprint", "Hit", "SearchResult", "VectorIndex", "fingerprint", "write_report"]

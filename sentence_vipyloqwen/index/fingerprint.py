@@ -1,0 +1,147 @@
+"""What a model is, as far as its vectors go: two models with equal fingerprints may share an index.
+
+Only facts are read that a ``ViPyloQwen`` and a stock ``SentenceTransformer`` of the same folder both have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import xxhash
+from sentence_transformers import SentenceTransformer
+
+_MODULE_FACTS = ("pooling_mode", "include_prompt", "activation_function")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What decides a model's vectors.
+
+    Attributes:
+        weights: xxh3-128 of every tensor of the state dict: name, dtype, shape and bytes (32 hexadecimal digits).
+        dim: Dimensions of an embedding, after truncation.
+        prompts: Prompt name -> text.
+        default_prompt_name: Name of the prompt that is used where none is asked for.
+        processing: What else changes a vector: ``max_seq_length`` (tokens), ``min_pixels`` and ``max_pixels`` of an
+            image, ``vocabulary`` (a hash), ``modules`` (pooling and activations).
+    """
+
+    weights: str
+    dim: int
+    prompts: Mapping[str, str]
+    default_prompt_name: str | None
+    processing: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """All of it as 16 hexadecimal digits: a name for messages, not for comparison."""
+        return xxhash.xxh3_64_hexdigest(_canonical(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: If a field is missing or unknown.
+        """
+        allowed = {field.name for field in fields(cls)}
+        if set(data) != allowed:
+            raise ValueError(f"a fingerprint has the fields {sorted(allowed)}, got {sorted(data)}")
+        return cls(**data)
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Names of the facts in which two fingerprints differ, e.g. ``["dim", "processing.max_pixels"]``."""
+        mine, theirs = self._flat(), other._flat()
+        return [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+
+    def _flat(self) -> dict[str, Any]:
+        flat = self.to_dict()
+        processing = flat.pop("processing")
+        return flat | {f"processing.{name}": value for name, value in processing.items()}
+
+    def __str__(self) -> str:
+        return f"{self.digest} (weights {self.weights[:8]}, {self.dim} dimensions)"
+
+
+def fingerprint(model: SentenceTransformer) -> Fingerprint:
+    """Take a model's fingerprint.
+
+    Reads every weight once, so it costs about as long as copying the model to the CPU's memory. The same weights in
+    another dtype have another fingerprint, as they give other vectors.
+
+    Args:
+        model: A ``ViPyloQwen`` or any ``SentenceTransformer``.
+
+    Raises:
+        ValueError: If the model does not know its embedding dimension.
+    """
+    dim = model.get_embedding_dimension()
+    if dim is None:
+        raise ValueError("The model does not tell its embedding dimension (get_embedding_dimension() is None).")
+    return Fingerprint(
+        weights=_hash_tensors(model.state_dict().items()),
+        dim=dim,
+        prompts=dict(model.prompts),
+        default_prompt_name=model.default_prompt_name,
+        processing=_processing(model),
+    )
+
+
+def _hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # As bytes, for numpy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _processing(model: SentenceTransformer) -> dict[str, Any]:
+    facts = {
+        "max_seq_length": model.max_seq_length,
+        **_pixel_budget(_part(model, "image_processor")),
+        "vocabulary": _hash_vocabulary(_part(model, "tokenizer")),
+        "modules": [_module_facts(module) for module in model],
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _part(model: SentenceTransformer, name: str) -> Any | None:
+    """A part of the first module, which holds it itself (ours) or in its ``processor`` (stock)."""
+    first = model[0]
+    part = getattr(first, name, None)
+    return part if part is not None else getattr(getattr(first, "processor", None), name, None)
+
+
+def _pixel_budget(image_processor: Any | None) -> dict[str, int | None]:
+    # Qwen2-VL's processor keeps its pixel budget under the names of edges.
+    size = dict(getattr(image_processor, "size", None) or {})
+    return {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+
+
+def _hash_vocabulary(tokenizer: Any | None) -> str | None:
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    return xxhash.xxh3_64_hexdigest(_canonical(tokenizer.get_vocab()))
+
+
+def _module_facts(module: torch.nn.Module) -> dict[str, Any]:
+    return {name: _plain(getattr(module, name)) for name in _MODULE_FACTS if hasattr(module, name)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return type(value).__name__ if callable(value) else value
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True).encode()

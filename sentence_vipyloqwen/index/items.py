@@ -1,0 +1,167 @@
+"""What a caller may index or ask, read into the one form that ``encode`` takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sentence_vipyloqwen.index import store
+from sentence_vipyloqwen.modules.images import describe, open_image
+from sentence_vipyloqwen.modules.inputs import ALLOWED_IMAGES, ALLOWED_INPUTS, INPUT_KEYS, MAX_IMAGES
+
+Item: TypeAlias = Mapping[str, Any]
+"""``{"id": "...", "text": "...", "image": one or a list, "metadata": {...}}``; a text or an image is needed."""
+
+ITEM_KEYS = ("id", "text", "image", "metadata")
+_PIXELS = (Image.Image, np.ndarray, torch.Tensor)
+_ALLOWED_ITEM = f"an item is a dict of some of {list(ITEM_KEYS)}, with a text, an image, or both"
+
+
+def read_items(source: str | Path | Iterable[Item], folder: Path, draft: Path) -> list[dict[str, Any]]:
+    """Read items and see to it that their images can be found again.
+
+    Args:
+        source: Path of a JSONL file (its image paths are relative to it), or items (image paths relative to the working
+            directory).
+        folder: The index folder to be. Images inside it are copied, for an old index there is replaced.
+        draft: Folder in which the index is being built; receives images that are not files.
+
+    Returns:
+        Items with all of the keys ``id`` (str, unique), ``text`` (str), ``image`` (list of str, absolute or relative to
+        the index folder) and ``metadata`` (dict).
+
+    Raises:
+        ValueError: If there are no items, or one is not allowed; the message begins with ``file:line`` or its position.
+    """
+    items: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
+    base = Path(source).parent if isinstance(source, (str, Path)) else Path()
+    for where, raw in _located(source):
+        try:
+            item = _read_item(_parse_line(raw) if isinstance(raw, bytes) else raw, len(items))
+            item["image"] = [_keep(image, base, folder, draft) for image in item["image"]]
+            store.encode_item(item)
+            if item["id"] in seen:
+                raise ValueError(f"id {item['id']!r} is taken by {seen[item['id']]}; an id must be unique")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        seen[item["id"]] = where
+        items.append(item)
+    if not items:
+        raise ValueError(f"There are no items to index in {source if isinstance(source, (str, Path)) else 'items'}.")
+    return items
+
+
+def item_input(item: Item) -> dict[str, Any]:
+    """What of an item is embedded: its text and its images, in the form that ``encode`` takes."""
+    return _drop_empty({key: item[key] for key in INPUT_KEYS})
+
+
+def query_input(query: Any, position: int = 0) -> dict[str, Any]:
+    """A query in the form that ``encode`` takes, that of stock Sentence Transformers too.
+
+    There, a bare string that looks like a path would be opened as an image, and a ``Path`` refused.
+
+    Args:
+        query: A str (always text), a path, a PIL image, an array, or ``{"text": ..., "image": one or a list}``.
+        position: Of the query, for the message.
+
+    Raises:
+        ValueError: If it is empty or of no allowed kind.
+    """
+    if isinstance(query, str):
+        query = {"text": query}
+    elif isinstance(query, (Path, *_PIXELS)):
+        query = {"image": query}
+    if not isinstance(query, Mapping) or set(query) - set(INPUT_KEYS):
+        came = f"the keys {list(query)}" if isinstance(query, Mapping) else f"a {type(query).__name__}"
+        raise ValueError(f"Query {position}: got {came}; allowed is {ALLOWED_INPUTS}.")
+    images = [str(image) if isinstance(image, Path) else image for image in _as_list(query.get("image"))]
+    result = _drop_empty({"text": query.get("text") or "", "image": images})
+    if not result:
+        raise ValueError(f"Query {position} is empty: {query!r}; it needs some text, an image, or both.")
+    return result
+
+
+def _located(source: str | Path | Iterable[Item]) -> Iterator[tuple[str, Any]]:
+    """Items with the place they stand in, for messages; lines of a file are not parsed yet."""
+    if isinstance(source, (str, Path)):
+        with _open_jsonl(Path(source)) as lines:
+            yield from ((f"{source}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    elif isinstance(source, Mapping):
+        raise ValueError(f"items is one dict, keys {list(source)[:9]}; allowed is a list of items or a JSONL path.")
+    else:
+        yield from ((f"item {position}", item) for position, item in enumerate(source))
+
+
+def _open_jsonl(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ValueError(f"cannot read the items of {path}: {error}") from error
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}; allowed is one object a line") from error
+
+
+def _read_item(raw: Any, position: int) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"got a {type(raw).__name__}; {_ALLOWED_ITEM}")
+    if unknown := [key for key in raw if key not in ITEM_KEYS]:
+        raise ValueError(f"unknown keys {unknown}; {_ALLOWED_ITEM}; other facts go into 'metadata'")
+    text, images = raw.get("text") or "", _as_list(raw.get("image"))
+    if not isinstance(text, str):
+        raise ValueError(f"'text' is a {type(text).__name__}; allowed is a str")
+    if not text.strip() and not images:
+        raise ValueError(f"nothing to embed; {_ALLOWED_ITEM}")
+    if len(images) > MAX_IMAGES:
+        raise ValueError(f"{len(images)} images; at most {MAX_IMAGES} are allowed")
+    metadata = {} if raw.get("metadata") is None else raw["metadata"]
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"'metadata' is a {type(metadata).__name__}; allowed is a dict")
+    return {"id": _read_id(raw.get("id"), position), "text": text, "image": images, "metadata": dict(metadata)}
+
+
+def _read_id(value: Any, position: int) -> str:
+    if value is None:
+        return str(position)
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise ValueError(f"'id' is {value!r}; allowed is a non-empty str or an int, or none for the item's position")
+    return str(value)
+
+
+def _keep(image: Any, base: Path, folder: Path, draft: Path) -> str:
+    """Path under which the index finds an image again."""
+    if isinstance(image, _PIXELS) or (isinstance(image, str) and image.startswith("data:")):
+        return store.save_image(open_image(image), draft)
+    if not isinstance(image, (str, Path)):
+        raise ValueError(f"an image is a {type(image).__name__}; allowed is {ALLOWED_IMAGES}")
+    if str(image).startswith(("http://", "https://")):
+        raise ValueError(f"the image {describe(image)} is a URL; an index keeps files: download it first")
+    path = Path(os.path.abspath(base / image))
+    if not path.is_file():
+        raise ValueError(f"there is no image file {describe(path)}")
+    return store.copy_image(path, draft) if path.resolve().is_relative_to(folder) else str(path)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _drop_empty(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: part for key, part in value.items() if part}

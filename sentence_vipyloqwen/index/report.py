@@ -1,0 +1,193 @@
+"""Queries beside their results, as one HTML page that needs nothing else: no network, no scripts, no files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from sentence_vipyloqwen.index.items import query_input
+from sentence_vipyloqwen.index.vector_index import Hit, Query
+from sentence_vipyloqwen.modules.images import open_image
+from sentence_vipyloqwen.modules.inputs import ImageSource
+
+logger = logging.getLogger(__name__)
+
+THUMBNAIL_PIXELS = 256
+_TEXT_LIMIT = 700
+_VALUE_LIMIT = 160
+_JPEG_QUALITY = 82
+
+LABELS: Mapping[str, Mapping[str, str]] = {
+    "en": {
+        "query": "Query",
+        "queries": "queries",
+        "score": "cosine",
+        "results": "results",
+        "missing": "cannot be shown",
+    },
+    "vi": {
+        "query": "Truy vấn",
+        "queries": "truy vấn",
+        "score": "cosin",
+        "results": "kết quả",
+        "missing": "không mở được",
+    },
+    "zh": {"query": "查询", "queries": "条查询", "score": "余弦", "results": "条结果", "missing": "无法显示"},
+}
+"""The page's own words, by language."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A query and what it found.
+
+    Attributes:
+        query: As it was given to :meth:`VectorIndex.search`.
+        hits: What that returned.
+        prompt_name: The prompt it was asked with.
+    """
+
+    query: Query
+    hits: Sequence[Hit]
+    prompt_name: str | None = None
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A thumbnail as a data URI, ``None`` where the image cannot be opened, and what it is called."""
+
+    uri: str | None
+    name: str
+
+
+def write_report(
+    path: str | Path,
+    results: Iterable[SearchResult],
+    *,
+    title: str = "Search results",
+    subtitle: str | None = None,
+    lang: str = "en",
+) -> Path:
+    """Write a page of queries and their results.
+
+    Thumbnails are downscaled to 256 pixels and stand in the page itself. Texts are escaped, long ones shortened. An
+    image that can no longer be opened leaves its name on the page and a warning in the log.
+
+    Args:
+        path: Of the HTML file; its folder is made where it is missing.
+        results: Queries in the order in which they shall stand on the page.
+        title: Title and heading.
+        subtitle: A line under the heading, e.g. what was searched with which model.
+        lang: Language of the page's own words: ``"en"``, ``"vi"`` or ``"zh"``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: If ``lang`` is another language, or a query is empty or of no allowed kind.
+    """
+    if lang not in LABELS:
+        raise ValueError(f"lang is {lang!r}; allowed is one of {list(LABELS)}.")
+    pictures = _Pictures()
+    sections = [_section(result, position, pictures) for position, result in enumerate(results)]
+    page = _template().render(title=title, subtitle=subtitle, lang=lang, labels=LABELS[lang], sections=sections)
+    return _write(Path(path), page)
+
+
+class _Pictures:
+    """Thumbnails, each file opened once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Picture] = {}
+
+    def of(self, images: Iterable[ImageSource]) -> list[_Picture]:
+        return [self._picture(image) for image in images]
+
+    def _picture(self, image: ImageSource) -> _Picture:
+        if not isinstance(image, (str, Path)):
+            return _picture(image, "")
+        source = str(image)
+        if source not in self._known:
+            self._known[source] = _picture(source, "" if source.startswith("data:") else Path(source).name)
+        return self._known[source]
+
+
+def _picture(image: ImageSource, name: str) -> _Picture:
+    try:
+        return _Picture(_data_uri(open_image(image)), name)
+    except ValueError as error:
+        logger.warning("The report shows no thumbnail: %s", error)
+        return _Picture(None, name)
+
+
+def _data_uri(image: Image.Image) -> str:
+    """The thumbnail as PNG or JPEG, whichever is smaller: PNG for drawings and print, JPEG for photographs."""
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
+    encoded = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": _JPEG_QUALITY})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        encoded[kind] = buffer.getvalue()
+    kind = min(encoded, key=lambda kind: len(encoded[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
+
+
+def _section(result: SearchResult, position: int, pictures: _Pictures) -> dict[str, Any]:
+    query = query_input(result.query, position)
+    return {
+        "number": position + 1,
+        "text": _shorten(query.get("text", ""), _TEXT_LIMIT),
+        "pictures": pictures.of(query.get("image", ())),
+        "prompt_name": result.prompt_name,
+        "hits": [_row(hit, pictures) for hit in result.hits],
+    }
+
+
+def _row(hit: Hit, pictures: _Pictures) -> dict[str, Any]:
+    metadata = hit.item.get("metadata", {})
+    return {
+        "rank": hit.rank,
+        "id": _shorten(hit.id, _VALUE_LIMIT),
+        "score": hit.score,
+        "percent": f"{100 * min(max(hit.score, 0.0), 1.0):.1f}",
+        "text": _shorten(hit.item.get("text", ""), _TEXT_LIMIT),
+        "pictures": pictures.of(hit.item.get("image", ())),
+        "metadata": {_shorten(str(key), _VALUE_LIMIT): _value(value) for key, value in metadata.items()},
+    }
+
+
+def _value(value: Any) -> str:
+    return _shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), _VALUE_LIMIT)
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit].rstrip()} … (+{len(text) - limit:,})"
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("sentence_vipyloqwen.index"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("search.html.jinja")
+
+
+def _write(path: Path, page: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(draft, path)
+    return path

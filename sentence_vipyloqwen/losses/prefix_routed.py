@@ -1,0 +1,276 @@
+"""The prefix-routed composite loss: each row's task prefix selects its terms, their weights and its margin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sentence_vipyloqwen.losses import functional
+from sentence_vipyloqwen.losses.rows import TASK_INDEX, content_keys, task_indices
+from sentence_vipyloqwen.losses.terms import LossTerms
+from sentence_vipyloqwen.modules.rendering import ControlTokens
+from sentence_vipyloqwen.tasks import ALL_TASKS, COSINE, INFO_NCE, SCORE_MSE, TRIPLET
+
+Negatives = Literal["same_task", "all"]
+PairWeight = Literal["score", "uniform"]
+TripletScale = Literal["cosine", "temperature"]
+
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """What routing needs to know of B rows with N explicit negatives each.
+
+    Attributes:
+        tasks: (B,) position of each row's task in ``ALL_TASKS``.
+        anchor_keys: (B,) content keys.
+        positive_keys: (B,) content keys.
+        negative_keys: (B, N) content keys.
+        scores: (B,) scores in [0, 1]; NaN where a row has none.
+    """
+
+    tasks: Tensor
+    anchor_keys: Tensor
+    positive_keys: Tensor
+    negative_keys: Tensor
+    scores: Tensor
+
+
+class PrefixRoutedLoss(nn.Module):
+    """Routes each row to the loss of its task; the batch loss is the mean over the rows.
+
+    ========== ==================================================================== ===================
+    task       terms                                                                weights (margin)
+    ========== ==================================================================== ===================
+    text_pair  symmetric InfoNCE + MSE of (cos + 1) / 2 against the score           1, 1
+    instr      symmetric InfoNCE + (1 - cos)                                        1, 1
+    ocr        symmetric InfoNCE + triplet margin                                   1, 1 (0.2)
+    vqa_single symmetric InfoNCE + triplet margin                                   1, 1 (0.2)
+    vqa_multi  symmetric InfoNCE + triplet margin                                   1, 1.5 (0.3)
+    general    symmetric InfoNCE                                                    1
+    ========== ==================================================================== ===================
+
+    The task is the prefix token at the head of the anchor, right after its images, read from ``input_ids``; so the loss
+    needs no extra column and works on a model that plain Sentence Transformers loaded, too.
+
+    Inputs: columns (anchor, positive) or (anchor, positive, negative, ...), each text, image or both; optional labels:
+    the scores of text pairs, NaN where a row has none.
+
+    Args:
+        model: The model to train.
+        temperature: Divides the similarities in InfoNCE.
+        weights: Task -> term -> weight, in place of the defaults named.
+        margins: Task -> margin of its triplet term, in place of the defaults named.
+        negatives: ``"same_task"``: rows of one task are each other's negatives; ``"all"``: all rows are.
+        pair_weight: ``"score"``: InfoNCE weighs a scored pair by its score, so that an unlike pair is not pulled
+            together; ``"uniform"``: the published form, weight 1.
+        triplet_scale: ``"cosine"``: margins in units of cosine; ``"temperature"``: the published form, similarities
+            divided by the temperature.
+
+    Raises:
+        ValueError: If an option, a task or a term is unknown, or a number is out of range.
+
+    Source of the method: EraX-AI, viPyloQwen README and paper drafts (2025).
+
+    Example:
+        >>> loss = PrefixRoutedLoss(model, margins={"ocr": 0.3})  # doctest: +SKIP
+        >>> trainer = SentenceTransformerTrainer(model, train_dataset=train, loss=loss)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        temperature: float = TEMPERATURE,
+        weights: Mapping[str, Mapping[str, float]] | None = None,
+        margins: Mapping[str, float] | None = None,
+        negatives: Negatives = "same_task",
+        pair_weight: PairWeight = "score",
+        triplet_scale: TripletScale = "cosine",
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0.")
+        self.model = model
+        self.temperature = temperature
+        self.weights = merge_weights(weights or {})
+        self.margins = merge_margins(margins or {})
+        self.negatives = _choice("negatives", negatives, Negatives)
+        self.pair_weight = _choice("pair_weight", pair_weight, PairWeight)
+        self.triplet_scale = _choice("triplet_scale", triplet_scale, TripletScale)
+        self.control = ControlTokens.of(model.tokenizer)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossTerms:
+        """Embed every column and route its rows.
+
+        Returns:
+            Term name, e.g. ``"ocr/triplet"``, -> its share of the batch loss; the same names at every step. Their sum is
+            the loss.
+        """
+        columns = list(sentence_features)
+        rows = self.read_rows(columns, labels)
+        embeddings = [self.model(features)["sentence_embedding"] for features in columns]
+        return self.compute_loss_from_embeddings(embeddings, rows)
+
+    def read_rows(self, columns: Sequence[Mapping[str, Tensor]], labels: Tensor | None = None) -> BatchRows:
+        """Read tasks, content keys and scores off the columns' features.
+
+        Raises:
+            ValueError: If there are fewer than two columns, or a score outside [0, 1].
+        """
+        if len(columns) < 2:
+            raise ValueError(f"Got {len(columns)} column(s); needed are anchor and positive, then any negatives.")
+        tasks = task_indices(columns[0], self.control)
+        anchors, positives, *negatives = (content_keys(features) for features in columns)
+        scores = torch.full(tasks.shape, float("nan"), device=tasks.device) if labels is None else labels.float()
+        if bool(((scores < 0) | (scores > 1)).any()):
+            raise ValueError(f"Scores of text pairs must lie in [0, 1]; got {scores.min():g} to {scores.max():g}.")
+        stacked = torch.stack(negatives, dim=1) if negatives else anchors.new_empty(len(anchors), 0)
+        return BatchRows(tasks, anchors, positives, stacked, scores)
+
+    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], rows: BatchRows) -> LossTerms:
+        """Route embedded rows.
+
+        Args:
+            embeddings: For each column (anchor, positive, negatives), (B, D) floats; normalised here.
+            rows: What routing needs to know of the rows.
+
+        Returns:
+            Term name -> scalar.
+        """
+        # 1. Similarities: of anchors to positives and to explicit negatives.
+        anchors, positives, *negatives = (F.normalize(embedding, dim=-1) for embedding in embeddings)
+        similarity = anchors @ positives.T  # (B, B)
+        explicit = anchors @ torch.cat(negatives).T if negatives else similarity[:, :0]  # (B, N * B), by column
+        positive = similarity.diagonal()  # (B,)
+
+        # 2. Of the candidates, only true negatives count.
+        mask, explicit_mask = functional.negatives_mask(
+            rows.tasks, rows.anchor_keys, rows.positive_keys, rows.negative_keys, self.negatives == "same_task"
+        )
+        in_batch = similarity.masked_fill(~mask, -torch.inf)
+        explicit = explicit.masked_fill(~explicit_mask, -torch.inf)
+
+        # 3. Every term for every row; the routing then takes each row's own.
+        hardest = _hardest_negative(in_batch, explicit, len(negatives))
+        values = {
+            INFO_NCE: functional.info_nce(
+                torch.cat([in_batch, explicit], dim=1),
+                similarity.T.masked_fill(~mask, -torch.inf),
+                positive,
+                self.temperature,
+            ),
+            SCORE_MSE: functional.score_mse(positive, rows.scores),
+            COSINE: functional.cosine_distance(positive),
+            TRIPLET: functional.triplet_margin(positive, hardest, self._row_margins(rows.tasks), self._triplet_factor),
+        }
+        return self._route(values, rows)
+
+    def _route(self, values: Mapping[str, Tensor], rows: BatchRows) -> LossTerms:
+        terms = LossTerms()
+        pair_weights = rows.scores.nan_to_num(nan=1.0)
+        for task, weights in self.weights.items():
+            members = rows.tasks == TASK_INDEX[task]
+            for term, weight in weights.items():
+                value = values[term]
+                if term == INFO_NCE and SCORE_MSE in weights and self.pair_weight == "score":
+                    value = value * pair_weights
+                terms[f"{task}/{term}"] = weight * (value * members).sum() / len(members)
+        return terms
+
+    def _row_margins(self, tasks: Tensor) -> Tensor:
+        margins = torch.tensor([self.margins.get(name, 0.0) for name in ALL_TASKS], device=tasks.device)
+        return margins[tasks]
+
+    @property
+    def _triplet_factor(self) -> float:
+        return 1 / self.temperature if self.triplet_scale == "temperature" else 1.0
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {
+            "temperature": self.temperature,
+            "weights": self.weights,
+            "margins": self.margins,
+            "negatives": self.negatives,
+            "pair_weight": self.pair_weight,
+            "triplet_scale": self.triplet_scale,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the InfoNCE objective, for the model card."""
+        return """
+@misc{oord2019representation,
+      title={Representation Learning with Contrastive Predictive Coding},
+      author={Aaron van den Oord and Yazhe Li and Oriol Vinyals},
+      year={2019},
+      eprint={1807.03748},
+      archivePrefix={arXiv},
+      primaryClass={cs.LG},
+}
+"""
+
+
+def _hardest_negative(in_batch: Tensor, explicit: Tensor, columns: int) -> Tensor:
+    """(B,) similarity of each row's triplet negative: its own explicit one, the hardest of several, else in-batch."""
+    hardest = in_batch.amax(dim=1)
+    if not columns:
+        return hardest
+    size = len(in_batch)
+    own = explicit.view(size, columns, size).diagonal(dim1=0, dim2=2)  # (N, B)
+    own = own.amax(dim=0)
+    return own.where(own > -torch.inf, hardest)
+
+
+def merge_weights(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The default weights of every task with some replaced.
+
+    >>> merge_weights({"ocr": {"triplet": 2}})["ocr"]
+    {'info_nce': 1.0, 'triplet': 2}
+
+    Raises:
+        ValueError: If a task or a term is unknown, or a weight is negative.
+    """
+    merged = {name: dict(task.weights) for name, task in ALL_TASKS.items()}
+    for task, weights in overrides.items():
+        _check_known("task", task, merged)
+        for term, weight in weights.items():
+            _check_known(f"term of task {task!r}", term, merged[task])
+            if not weight >= 0:
+                raise ValueError(f"The weight of {task}/{term} is {weight}; it must be at least 0.")
+            merged[task][term] = weight
+    return merged
+
+
+def merge_margins(overrides: Mapping[str, float]) -> dict[str, float]:
+    """The default margins of the tasks that have one, with some replaced.
+
+    Raises:
+        ValueError: If a task has no triplet term, or a margin is negative.
+    """
+    merged = {name: task.margin for name, task in ALL_TASKS.items() if task.margin is not None}
+    for task, margin in overrides.items():
+        _check_known("task with a margin", task, merged)
+        if not margin >= 0:
+            raise ValueError(f"The margin of {task} is {margin}; it must be at least 0.")
+        merged[task] = margin
+    return merged
+
+
+def _check_known(what: str, name: str, allowed: Iterable[str]) -> None:
+    if name not in allowed:
+        raise ValueError(f"Unknown {what}: {name!r}; allowed are {list(allowed)}.")
+
+
+def _choice(name: str, value: str, literal: Any) -> Any:
+    if value not in get_args(literal):
+        raise ValueError(f"{name} is {value!r}; allowed are {list(get_args(literal))}.")
+    return value

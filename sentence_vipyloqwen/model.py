@@ -1,0 +1,168 @@
+"""``ViPyloQwen``: a SentenceTransformer that runs our modules and saves a folder that plain Sentence Transformers loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.util import fullname, load_file_path
+from torch import nn
+
+from sentence_vipyloqwen.modules import DenseHead, MeanPooling, Qwen2VLTransformer
+from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MAX_SEQ_LENGTH, MIN_PIXELS
+from sentence_vipyloqwen.tasks import PROMPTS
+
+EMBEDDING_DIM = 1024
+
+_OURS_BY_STOCK_NAME: Mapping[str, type[nn.Module]] = {
+    "Transformer": Qwen2VLTransformer,
+    "Pooling": MeanPooling,
+    "Dense": DenseHead,
+}
+_STOCK_BY_OURS: Mapping[str, type[nn.Module]] = {
+    fullname(Qwen2VLTransformer): Transformer,
+    fullname(MeanPooling): Pooling,
+    fullname(DenseHead): Dense,
+}
+
+
+class ViPyloQwen(SentenceTransformer):
+    """One embedding space for text, images, and any mix of text with 1 to 5 images.
+
+    Everything a ``SentenceTransformer`` does, it does: ``encode``, ``similarity``, ``save_pretrained``,
+    ``push_to_hub``, training with ``SentenceTransformerTrainer``. What it saves, plain
+    ``SentenceTransformer("path")`` loads, without this package and without ``trust_remote_code``.
+
+    Args:
+        model_name_or_path: Folder or Hub id of a model that this class (or plain Sentence Transformers) saved. To
+            begin from a Qwen2-VL checkpoint, use :meth:`create`.
+        **kwargs: The keyword arguments of ``SentenceTransformer``, ``trust_remote_code`` excepted.
+
+    Raises:
+        ValueError: If the folder is a bare checkpoint or of another architecture, or if code of a folder is to be run.
+
+    Example:
+        >>> model = ViPyloQwen("path")  # doctest: +SKIP
+        >>> model.encode({"image": "invoice.png", "text": "Số tiền?"}, prompt_name="ocr").shape  # doctest: +SKIP
+        (1024,)
+    """
+
+    def __init__(self, model_name_or_path: str | Path | None = None, **kwargs: Any) -> None:
+        if kwargs.get("trust_remote_code"):
+            raise ValueError("ViPyloQwen never runs code from a model folder: trust_remote_code=True is not allowed.")
+        path = str(model_name_or_path) if model_name_or_path is not None else None
+        super().__init__(path, **kwargs)
+
+    @classmethod
+    def create(
+        cls,
+        base: str | Path,
+        embedding_dim: int = EMBEDDING_DIM,
+        *,
+        max_seq_length: int = MAX_SEQ_LENGTH,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        hub_kwargs: Mapping[str, Any] | None = None,
+    ) -> ViPyloQwen:
+        """Make a new model of a Qwen2-VL checkpoint.
+
+        Adds the five task tokens (the embedding matrix grows only if it must; new rows start at the mean), the prompts
+        and the chat template, mean pooling, and a fresh dense head.
+
+        Args:
+            base: Hub id, e.g. ``"Qwen/Qwen2-VL-2B-Instruct"``, or local folder of the checkpoint.
+            embedding_dim: Dimensions of an embedding.
+            max_seq_length: Most tokens of an input; only text is ever cut.
+            min_pixels: Fewest pixels of an image after resizing.
+            max_pixels: Most pixels of an image after resizing; 28 x 28 of them make one token.
+            dtype: Of the weights, e.g. ``"bfloat16"``; by default the checkpoint's own.
+            attn_implementation: ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``; by default transformers chooses.
+            seed: Seed of the dense head.
+            device: Where the model goes; by default the best device at hand.
+            model_kwargs: More arguments for transformers' ``from_pretrained``, e.g. a quantisation configuration.
+            hub_kwargs: ``token``, ``revision``, ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            ValueError: If the base is of another architecture, or a finished model rather than a checkpoint.
+        """
+        _refuse_finished_model(str(base), hub_kwargs or {})
+        options = {"dtype": dtype, "attn_implementation": attn_implementation}
+        transformer = Qwen2VLTransformer.from_base(
+            str(base),
+            max_seq_length=max_seq_length,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            model_kwargs={**{k: v for k, v in options.items() if v is not None}, **(model_kwargs or {})},
+            hub_kwargs=hub_kwargs,
+        )
+        width = transformer.get_embedding_dimension()
+        head = DenseHead(width, embedding_dim, bias=False, activation_function=None)
+        head.reset(seed)
+        modules = [transformer, MeanPooling(width), head, Normalize()]
+        return cls(modules=modules, prompts=dict(PROMPTS), similarity_fn_name="cosine", device=device)
+
+    @property
+    def task_token_ids(self) -> dict[str, int]:
+        """Task name -> id of its prefix; for ``peft``'s ``trainable_token_indices``, so that an adapter keeps them."""
+        return dict(self[0].control.tasks)
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Turn a batch of inputs into features: see :meth:`Qwen2VLTransformer.preprocess`.
+
+        Raises:
+            ValueError: If an input is not allowed; the message names its position, what came and what is allowed.
+        """
+        return self[0].preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
+
+    def save(self, path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Save a portable folder: ``modules.json`` names Sentence Transformers' own classes only.
+
+        Raises:
+            ValueError: If pickled weights are asked for.
+        """
+        if not safe_serialization:
+            raise ValueError("Only safetensors are saved: safe_serialization=False is not allowed.")
+        super().save(path, *args, safe_serialization=True, **kwargs)
+        if path is not None:
+            _name_stock_classes(Path(path) / "modules.json")
+
+    # The one private seam: which class a type of modules.json becomes. `_module_classes` would be the other way, but the
+    # trainer replaces it when it reloads a checkpoint or the best model.
+    def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> type[nn.Module]:
+        package, _, name = class_ref.rpartition(".")
+        if package.split(".")[0] == "sentence_transformers" and name in _OURS_BY_STOCK_NAME:
+            return _OURS_BY_STOCK_NAME[name]
+        return super()._load_module_class_from_ref(class_ref, *args, **kwargs)
+
+    def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{model_name_or_path!r} has no modules.json: it is not a finished model. "
+            f"Make one with ViPyloQwen.create({model_name_or_path!r})."
+        )
+
+
+def _name_stock_classes(modules_json: Path) -> None:
+    modules = json.loads(modules_json.read_text(encoding="utf-8"))
+    for module in modules:
+        if stock := _STOCK_BY_OURS.get(module["type"]):
+            module["type"] = fullname(stock)
+    modules_json.write_text(json.dumps(modules, indent=2), encoding="utf-8")
+
+
+def _refuse_finished_model(base: str, hub_kwargs: Mapping[str, Any]) -> None:
+    where = {("cache_folder" if key == "cache_dir" else key): value for key, value in hub_kwargs.items()}
+    if load_file_path(base, "modules.json", **where) is not None:
+        raise ValueError(
+            f"{base!r} is a finished Sentence Transformers model (it has modules.json): load it with "
+            f"ViPyloQwen({base!r}). create() starts from a Qwen2-VL checkpoint."
+        )

@@ -1,0 +1,105 @@
+"""What a caller may pass, read into one form: the images, the task of the prefix, and the text.
+
+Nothing is opened here. A bad input raises a ``ValueError`` that names its position, what came and what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sentence_vipyloqwen.tasks import Task, split_prefix
+
+MAX_IMAGES = 5
+IMAGE_PLACEHOLDER = "<image>"
+INPUT_KEYS = ("text", "image")
+
+ALLOWED_IMAGES = "a PIL image, an array, a path, or a data URI"
+ALLOWED_INPUTS = (
+    "a str (always text), a PIL image, an array, a pathlib.Path, or "
+    f"{{'text': str, 'image': one image or a list of up to {MAX_IMAGES}}}, where an image is {ALLOWED_IMAGES}"
+)
+
+ImageSource: TypeAlias = Image.Image | np.ndarray | torch.Tensor | Path | str
+
+
+@dataclass(frozen=True)
+class ParsedInput:
+    """One input in the order in which the model reads it: images, prefix, text.
+
+    Attributes:
+        images: Up to five image sources, unopened.
+        task: The task whose prefix heads the text; ``GENERAL`` where there is none.
+        text: What follows the prefix, as it was written, without ``<image>`` placeholders.
+    """
+
+    images: tuple[ImageSource, ...]
+    task: Task
+    text: str
+
+
+def parse_inputs(inputs: Sequence[Any], prompt: str | None = None) -> list[ParsedInput]:
+    """Read a batch of inputs.
+
+    Args:
+        inputs: The inputs, each of a kind that :data:`ALLOWED_INPUTS` lists.
+        prompt: Text put in front of each input's own text; a prefix at its head selects the task.
+
+    Raises:
+        ValueError: If an input is empty, has more than five images, or is of no allowed kind.
+    """
+    return [_parse(item, index, prompt or "") for index, item in enumerate(inputs)]
+
+
+def _parse(item: Any, index: int, prompt: str) -> ParsedInput:
+    images, text = _split(item, index)
+    text = text.replace(IMAGE_PLACEHOLDER, "")
+    if not images and not text.strip():
+        raise ValueError(f"Input {index} is empty: got {item!r}; an input needs some text, an image, or both.")
+    if len(images) > MAX_IMAGES:
+        raise ValueError(f"Input {index} has {len(images)} images; at most {MAX_IMAGES} are allowed.")
+    task, rest = split_task_prefix(prompt + text)
+    return ParsedInput(images, task, rest)
+
+
+def split_task_prefix(text: str) -> tuple[Task, str]:
+    """Split off the prefix but keep the text behind it as written: the space after a prefix is part of its tokens."""
+    task, _ = split_prefix(text)
+    if task.token is None:
+        return task, text
+    return task, text[text.index(task.token) + len(task.token) :]
+
+
+def _split(item: Any, index: int) -> tuple[tuple[ImageSource, ...], str]:
+    if isinstance(item, str):
+        return (), item
+    if isinstance(item, Mapping):
+        return _split_mapping(item, index)
+    if isinstance(item, (Image.Image, np.ndarray, torch.Tensor, Path)):
+        return (item,), ""
+    raise ValueError(f"Input {index} is of type {type(item).__name__}; allowed is {ALLOWED_INPUTS}.")
+
+
+def _split_mapping(item: Mapping[str, Any], index: int) -> tuple[tuple[ImageSource, ...], str]:
+    if unknown := [key for key in item if key not in INPUT_KEYS]:
+        raise ValueError(f"Input {index} has the keys {unknown}; allowed are {list(INPUT_KEYS)}.")
+    text = item.get("text")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"Input {index}: 'text' is of type {type(text).__name__}; allowed is one str.")
+    images = item.get("image")
+    if images is None:
+        images = ()
+    elif not isinstance(images, (list, tuple)):
+        images = (images,)
+    for position, image in enumerate(images):
+        if not isinstance(image, (Image.Image, np.ndarray, torch.Tensor, Path, str)):
+            raise ValueError(
+                f"Input {index}, image {position} is of type {type(image).__name__}; allowed is {ALLOWED_IMAGES}."
+            )
+    return tuple(images), text or ""

@@ -1,0 +1,106 @@
+"""From a parsed input to token ids: images first, then the prefix, then the text.
+
+``<|vision_start|>`` ``<|image_pad|>`` * n ``<|vision_end|>`` for each image, the task token, the text's own tokens. The
+chat template that is saved with a model renders the same from the messages of Sentence Transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from sentence_vipyloqwen.modules.inputs import ParsedInput
+from sentence_vipyloqwen.tasks import TASK_TOKENS, TASKS
+
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The ids of the tokens that a text can never produce by itself.
+
+    Attributes:
+        vision_start: Id that opens an image.
+        image_pad: Id that stands for one merged vision token.
+        vision_end: Id that closes an image.
+        tasks: Task name -> id of its prefix.
+    """
+
+    vision_start: int
+    image_pad: int
+    vision_end: int
+    tasks: dict[str, int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+        """Look the ids up in a tokenizer.
+
+        Raises:
+            ValueError: If the tokenizer lacks one of them.
+        """
+        vocabulary = tokenizer.get_vocab()
+        needed = (VISION_START, IMAGE_PAD, VISION_END, *TASK_TOKENS)
+        if missing := [token for token in needed if token not in vocabulary]:
+            raise ValueError(
+                f"The tokenizer lacks the tokens {missing}; make a model of a Qwen2-VL checkpoint with ViPyloQwen.create."
+            )
+        tasks = {task.name: vocabulary[task.token] for task in TASKS.values() if task.token}
+        return cls(vocabulary[VISION_START], vocabulary[IMAGE_PAD], vocabulary[VISION_END], tasks)
+
+
+def add_task_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the five prefixes to a tokenizer, in the order of the task table; tokens it has already stay as they are.
+
+    ``lstrip`` makes white space before a prefix part of it, so that a prefix in a text and a prompt give the same ids.
+    """
+    tokenizer.add_tokens([AddedToken(token, lstrip=True, special=True) for token in TASK_TOKENS], special_tokens=True)
+
+
+def render(
+    inputs: Sequence[ParsedInput],
+    image_lengths: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    control: ControlTokens,
+    max_length: int,
+) -> list[list[int]]:
+    """Render a batch to token ids, one list a row, unpadded.
+
+    Only text is cut to fit ``max_length``. Control tokens written in a text are plain text.
+
+    Args:
+        inputs: The parsed inputs.
+        image_lengths: For each input, the number of merged vision tokens of each of its images.
+        tokenizer: Tokenizer that has the task tokens.
+        control: The ids of its control tokens.
+        max_length: Most tokens of a row, images and prefix included.
+
+    Raises:
+        ValueError: If the images and the prefix of an input alone exceed ``max_length``.
+    """
+    texts = _tokenize([item.text for item in inputs], tokenizer)
+    rows = []
+    for index, (item, lengths, text) in enumerate(zip(inputs, image_lengths, texts, strict=True)):
+        row = []
+        for length in lengths:
+            row += [control.vision_start, *[control.image_pad] * length, control.vision_end]
+        if item.task.name in control.tasks:
+            row.append(control.tasks[item.task.name])
+        if len(row) > max_length:
+            raise ValueError(
+                f"Input {index}: its {len(lengths)} images and prefix take {len(row)} tokens, over the limit of "
+                f"{max_length}; allow more tokens (max_seq_length) or fewer pixels for each image (max_pixels)."
+            )
+        rows.append(row + text[: max_length - len(row)])
+    return rows
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not any(texts):
+        return [[] for _ in texts]
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return encoded["input_ids"]
