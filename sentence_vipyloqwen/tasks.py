@@ -1,7 +1,7 @@
 """The task table: which prefix selects which loss terms.
 
-Everything that knows a task by name (the tokenizer, the prompts, the losses, the data loader, the reports) reads it here,
-so a task is added or changed in one place.
+Everything that knows a task by name (the tokenizer, the prompts, the losses, the data loader, the reports) reads it
+here, so a task is added or changed in one place.
 
 Source of the method: EraX-AI, viPyloQwen README and paper drafts (2025).
 """

@@ -30,6 +30,7 @@ QWEN_SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 HEAD_DIM = 32
+EMBEDDING_STD = 0.5
 
 
 def make_tiny_base(
@@ -47,9 +48,9 @@ def make_tiny_base(
 ) -> Path:
     """Write a tiny random Qwen2-VL checkpoint: weights, configuration, tokenizer and image processor.
 
-    The tokenizer is a byte-level BPE with Qwen's split pattern, trained on ``texts``, with all of Qwen's special tokens.
-    Weights are drawn with a standard deviation of 1/sqrt(fan_in): with transformers' default of 0.02 a model as narrow as
-    this one hardly learns.
+    The tokenizer is a byte-level BPE with Qwen's split pattern, trained on ``texts``, with Qwen's special tokens.
+    Weights are drawn with a standard deviation of 1/sqrt(fan_in): with transformers' default of 0.02 a model as narrow
+    as this one hardly learns.
 
     Args:
         folder: Where the checkpoint goes.
@@ -130,10 +131,15 @@ def _config(
 
 
 @torch.no_grad()
-def _draw_weights(model: nn.Module) -> None:
+def _draw_weights(model: Qwen2VLForConditionalGeneration) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             fan_in = module.weight[0].numel()
             module.weight.normal_(std=1 / math.sqrt(fan_in))
-        elif isinstance(module, nn.Embedding):
-            module.weight.normal_(std=0.5)
+    _centre_half(model.model.visual.patch_embed.proj.weight)
+    model.get_input_embeddings().weight.normal_(std=EMBEDDING_STD)  # last: the language-modelling head is tied to it
+
+
+def _centre_half(filters: torch.Tensor) -> None:
+    """Take the mean out of every second patch filter, so that paper white does not drown the strokes on it."""
+    filters[::2] -= filters[::2].flatten(1).mean(dim=1)[:, None, None, None, None]

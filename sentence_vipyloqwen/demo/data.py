@@ -4,7 +4,7 @@
 
 | file | content |
 |---|---|
-| `train.jsonl`, `eval.jsonl` | records of all five tasks and of captions without a prefix (format: DESIGN.md section 6) |
+| `train.jsonl`, `eval.jsonl` | records of all five tasks and captions without a prefix, as DESIGN.md section 6 says |
 | `eval_lines.jsonl` | the lines of text of `eval.jsonl` alone, so that its retrieval candidates are exactly these |
 | `items.jsonl` | a collection to index and search: held-out pictures, documents and texts, and pictures with a text |
 | `images/` | the pictures that they name, relative to the folder |
@@ -18,12 +18,12 @@
 | instr | translation, conversation, date, number | vi, en, zh | CLDR |
 | general | caption, document | vi, en, zh; vi | easy-vqa; rendered |
 
-Train and eval share no image (by content), no anchor, and no open-set text: no line, no answer on a document, no text of a pair, no answer
-to an instruction. What is a closed set they share by necessity: easy-vqa's 13 answers, their translations, its question
-templates, and the captions of its 24 kinds of image.
+Train and eval share no image (by content), no anchor, and no open-set text: no line, no answer on a document, no text
+of a pair, no answer to an instruction. What is a closed set they share by necessity: easy-vqa's 13 answers, their
+translations, its question templates, and the captions of its 24 kinds of image.
 
-A picture of easy-vqa has a caption in each language, so in `eval.jsonl` one anchor has three right answers, and other pictures
-have the same ones: without a prefix nothing says which language is wanted.
+A picture of easy-vqa has a caption in each language, so in `eval.jsonl` one anchor has three right answers, and other
+pictures have the same ones: without a prefix nothing says which language is wanted.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 _PROGRESS_EVERY = 100
+_PNG_LEVEL = 2  # twice as fast as the default, for files of the same size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class SplitSizes:
     """How much of everything one split holds.
 
     Attributes:
-        vqa_images: Images of easy-vqa, each with all its questions; 4,000 to train on and 1,000 to test on are all there are.
+        vqa_images: Images of easy-vqa, each with all its questions; it has 4,000 to train on and 1,000 to test on.
         vqa_multi: Questions of several turns (half) or several images (half).
         captions: Captions of easy-vqa's images, in three languages each.
         lines: Rendered lines of text.
@@ -265,7 +266,7 @@ def _negatives(records: Iterable[Record]) -> frozenset[str]:
 
 
 def _items(split: _Split, count: int) -> list[Record]:
-    """A mixed collection: up to `count` pictures, lines, pages of each kind and texts alone, and half as many of both together."""
+    """A mixed collection: up to `count` pictures, lines and texts, half as many pages of each kind and of pairs."""
     rng = split.rng("items")
     pictures = _sample([picture for picture in split.pictures if picture.shape and picture.color], count, rng)
     pages = [
@@ -321,7 +322,7 @@ def _write_images(split: _Split, folder: Path, report: Progress) -> None:
 
 
 def _render(paint: Callable[[T, random.Random], Image.Image], content: T, rng: random.Random, path: Path) -> None:
-    paint(content, rng).save(path)
+    paint(content, rng).save(path, compress_level=_PNG_LEVEL)
 
 
 def _write_jsonl(path: Path, records: Iterable[Record]) -> Path:

@@ -23,7 +23,8 @@ from sentence_vipyloqwen.modules.inputs import ImageSource
 logger = logging.getLogger(__name__)
 
 THUMBNAIL_PIXELS = 256
-_TEXT_LIMIT = 700
+_QUERY_LIMIT = 700
+_TEXT_LIMIT = 400
 _VALUE_LIMIT = 160
 _JPEG_QUALITY = 82
 
@@ -146,7 +147,7 @@ def _section(result: SearchResult, position: int, pictures: _Pictures) -> dict[s
     query = query_input(result.query, position)
     return {
         "number": position + 1,
-        "text": _shorten(query.get("text", ""), _TEXT_LIMIT),
+        "text": _shorten(query.get("text", ""), _QUERY_LIMIT),
         "pictures": pictures.of(query.get("image", ())),
         "prompt_name": result.prompt_name,
         "hits": [_row(hit, pictures) for hit in result.hits],

@@ -86,8 +86,8 @@ def negatives_mask(
 ) -> tuple[Tensor, Tensor]:
     """Which candidates are true negatives of which rows.
 
-    Two rows whose anchors are equal, whose positives are equal, or where one's anchor is the other's positive, are never
-    each other's negatives; nor is an explicit negative that equals the row's own anchor or positive.
+    Two rows whose anchors are equal, whose positives are equal, or where one's anchor is the other's positive, are
+    never each other's negatives; nor is an explicit negative that equals the row's own anchor or positive.
 
     Args:
         tasks: (B,) task of each row.

@@ -111,8 +111,8 @@ class PrefixRoutedLoss(nn.Module):
         """Embed every column and route its rows.
 
         Returns:
-            Term name, e.g. ``"ocr/triplet"``, -> its share of the batch loss; the same names at every step. Their sum is
-            the loss.
+            Term name, e.g. ``"ocr/triplet"``, -> its share of the batch loss; the same names at every step. Their sum
+            is the loss.
         """
         columns = list(sentence_features)
         rows = self.read_rows(columns, labels)

@@ -93,7 +93,7 @@ def _readable(source: Path | str, allow_urls: bool) -> Path | io.BytesIO:
     if source.startswith(_URL_SCHEMES):
         if not allow_urls:
             raise OSError("URLs are fetched only where allow_urls=True")
-        with urllib.request.urlopen(source, timeout=URL_TIMEOUT_SECONDS) as response:  # noqa: S310 - http(s) only
+        with urllib.request.urlopen(source, timeout=URL_TIMEOUT_SECONDS) as response:
             return io.BytesIO(response.read())
     return Path(source)
 
@@ -136,8 +136,11 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray, array: np.ndarray | torch.Tensor) -> np.ndarray:
-    low, high = values.min(), values.max()
+    allowed = "allowed are integers 0-255 or floats 0-1"
+    if values.dtype.kind not in "fui":
+        raise ValueError(f"{describe(array)}: dtype {values.dtype}; {allowed}")
     top = 1 if values.dtype.kind == "f" else 255
-    if values.dtype.kind not in "fui" or not (low >= 0 and high <= top):
-        raise ValueError(f"{describe(array)}: values from {low} to {high}; allowed are integers 0-255 or floats 0-1")
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        raise ValueError(f"{describe(array)}: values from {low} to {high}; {allowed}")
     return (values * 255).round().astype(np.uint8) if top == 1 else values.astype(np.uint8)

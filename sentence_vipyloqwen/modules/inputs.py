@@ -6,7 +6,7 @@ Nothing is opened here. A bad input raises a ``ValueError`` that names its posit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,24 +37,29 @@ class ParsedInput:
         images: Up to five image sources, unopened.
         task: The task whose prefix heads the text; ``GENERAL`` where there is none.
         text: What follows the prefix, as it was written, without ``<image>`` placeholders.
+        index: The input's place among those the caller passed; named in errors.
     """
 
     images: tuple[ImageSource, ...]
     task: Task
     text: str
+    index: int = field(compare=False)
 
 
 def parse_inputs(inputs: Sequence[Any], prompt: str | None = None) -> list[ParsedInput]:
     """Read a batch of inputs.
 
     Args:
-        inputs: The inputs, each of a kind that :data:`ALLOWED_INPUTS` lists.
+        inputs: The inputs, each of a kind that :data:`ALLOWED_INPUTS` lists; what is parsed already is kept as it is.
         prompt: Text put in front of each input's own text; a prefix at its head selects the task.
 
     Raises:
         ValueError: If an input is empty, has more than five images, or is of no allowed kind.
     """
-    return [_parse(item, index, prompt or "") for index, item in enumerate(inputs)]
+    return [
+        item if isinstance(item, ParsedInput) else _parse(item, index, prompt or "")
+        for index, item in enumerate(inputs)
+    ]
 
 
 def _parse(item: Any, index: int, prompt: str) -> ParsedInput:
@@ -65,7 +70,7 @@ def _parse(item: Any, index: int, prompt: str) -> ParsedInput:
     if len(images) > MAX_IMAGES:
         raise ValueError(f"Input {index} has {len(images)} images; at most {MAX_IMAGES} are allowed.")
     task, rest = split_task_prefix(prompt + text)
-    return ParsedInput(images, task, rest)
+    return ParsedInput(images, task, rest, index)
 
 
 def split_task_prefix(text: str) -> tuple[Task, str]:

@@ -106,7 +106,7 @@ class Qwen2VLTransformer(InputModule):
             raise RuntimeError(f"preprocessing failed: {error}") from error
 
     def _preprocess(self, inputs: list[ParsedInput], max_length: int) -> dict[str, Tensor]:
-        images = [self._open_images(item, index) for index, item in enumerate(inputs)]
+        images = [self._open_images(item) for item in inputs]
         vision = self._vision_features([image for row in images for image in row])
         lengths = self._image_lengths(vision, [len(row) for row in images])
         rows = render(inputs, lengths, self.tokenizer, self.control, max_length)
@@ -114,13 +114,13 @@ class Qwen2VLTransformer(InputModule):
             vision["num_images_per_sample"] = torch.tensor([len(row) for row in images])
         return self._text_features(rows) | vision | {"image_keys": _image_keys(images)}
 
-    def _open_images(self, item: ParsedInput, index: int) -> list[Image.Image]:
+    def _open_images(self, item: ParsedInput) -> list[Image.Image]:
         opened = []
         for position, source in enumerate(item.images):
             try:
                 opened.append(open_image(source, allow_urls=self.allow_urls))
             except ValueError as error:
-                raise ValueError(f"Input {index}, image {position}: {error}") from error
+                raise ValueError(f"Input {item.index}, image {position}: {error}") from error
         return opened
 
     def _vision_features(self, images: list[Image.Image]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class ControlTokens:
         needed = (VISION_START, IMAGE_PAD, VISION_END, *TASK_TOKENS)
         if missing := [token for token in needed if token not in vocabulary]:
             raise ValueError(
-                f"The tokenizer lacks the tokens {missing}; make a model of a Qwen2-VL checkpoint with ViPyloQwen.create."
+                f"The tokenizer lacks the tokens {missing}: make a model of the checkpoint with ViPyloQwen.create."
             )
         tasks = {task.name: vocabulary[task.token] for task in TASKS.values() if task.token}
         return cls(vocabulary[VISION_START], vocabulary[IMAGE_PAD], vocabulary[VISION_END], tasks)
@@ -84,7 +84,7 @@ def render(
     """
     texts = _tokenize([item.text for item in inputs], tokenizer)
     rows = []
-    for index, (item, lengths, text) in enumerate(zip(inputs, image_lengths, texts, strict=True)):
+    for item, lengths, text in zip(inputs, image_lengths, texts, strict=True):
         row = []
         for length in lengths:
             row += [control.vision_start, *[control.image_pad] * length, control.vision_end]
@@ -92,7 +92,7 @@ def render(
             row.append(control.tasks[item.task.name])
         if len(row) > max_length:
             raise ValueError(
-                f"Input {index}: its {len(lengths)} images and prefix take {len(row)} tokens, over the limit of "
+                f"Input {item.index}: its {len(lengths)} images and prefix take {len(row)} tokens, over the limit of "
                 f"{max_length}; allow more tokens (max_seq_length) or fewer pixels for each image (max_pixels)."
             )
         rows.append(row + text[: max_length - len(row)])

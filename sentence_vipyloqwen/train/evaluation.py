@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich import box
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import SentenceEvaluator
@@ -53,7 +54,18 @@ RETRIEVAL_METRICS: Mapping[str, Callable[[NDArray[np.int64]], float]] = {
 }
 """Metric -> its value for one query, from the ranks of the query's relevant candidates."""
 
-ALL_METRICS = ("accuracy", "majority_accuracy", *RETRIEVAL_METRICS, "spearman", "pearson")
+COLUMN_TITLES: Mapping[str, str] = {
+    "accuracy": "acc",
+    "majority_accuracy": "majority",
+    "recall@1": "R@1",
+    "recall@5": "R@5",
+    "recall@10": "R@10",
+    "mrr": "MRR",
+    "ndcg@10": "nDCG@10",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+}
+"""Metric -> its column in the table, in this order."""
 
 Metrics = dict[str, float]
 
@@ -119,10 +131,11 @@ class Evaluation:
     def table(self) -> Table:
         """A table for the screen: a row for each task and, below it, for each of its groups."""
         measured = {metric for result in self.tasks.values() for metric in result.metrics}
-        columns = [metric for metric in ALL_METRICS if metric in measured]
-        table = Table("task", title=f"mean of the headlines (*): {self.mean:.4f}")
-        for column in ("queries", "candidates", *columns):
-            table.add_column(column, justify="right")
+        columns = [metric for metric in COLUMN_TITLES if metric in measured]
+        table = Table(title=f"mean of the headlines (*): {self.mean:.3f}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        table.add_column("task", no_wrap=True)
+        for title in ("queries", "cand.", *(COLUMN_TITLES[metric] for metric in columns)):
+            table.add_column(title, justify="right", no_wrap=True)
         for name, result in self.tasks.items():
             numbers = _table_numbers(result, columns, result.headline)
             table.add_row(name, str(result.queries), str(result.candidates or ""), *numbers, style="bold")
@@ -343,7 +356,7 @@ def _groups(kind: str, records_of_queries: Sequence[Sequence[Record]]) -> dict[s
 
 
 def _table_numbers(result: GroupResult, columns: Sequence[str], headline: str = "") -> list[str]:
-    texts = {name: f"{value:.4f}" + "*" * (name == headline) for name, value in result.metrics.items()}
+    texts = {name: f"{value:.3f}" + "*" * (name == headline) for name, value in result.metrics.items()}
     return [texts.get(column, "") for column in columns]
 
 

@@ -221,6 +221,7 @@ def validate(
         ValueError: If `write_good` is the file itself or lies in another folder.
     """
     root = _image_root(path)
+    _file_fault.cache_clear()
     counts: Counter[str] = Counter()
     errors: list[str] = []
     error_count = 0

@@ -33,7 +33,7 @@ class HashEmbedder(InputModule):
 
     @property
     def modalities(self) -> list[Any]:
-        return ["text", "image", ("image", "text")]
+        return ["text", "image", ("image", "text"), "message"]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         counts = torch.zeros(len(inputs), VOCABULARY)
@@ -46,7 +46,7 @@ class HashEmbedder(InputModule):
         assert isinstance(item, Mapping), "the index hands over dicts only"
         assert set(item) <= {"text", "image"}
         assert all(item.values()), "the index drops empty parts"
-        words = (prompt + item.get("text", "")).split()
+        words = (prompt + item.get("text", "")).encode().split()
         images = [open_image(image).tobytes() for image in item.get("image", [])]
         return [xxhash.xxh3_64_intdigest(value) for value in [*words, *images]]
 

@@ -3,8 +3,8 @@
 | module | source | licence |
 |---|---|---|
 | `easy_vqa` | the images and questions of the PyPI package `easy-vqa` | MIT |
-| `cldr` | the names, dates and amounts of Unicode's CLDR, in the PyPI package `babel` | Unicode-3.0; babel: BSD-3-Clause |
-| `documents` | pages that we render, in the DejaVu fonts that the PyPI package `matplotlib` ships | Bitstream Vera licence |
+| `cldr` | names, dates and amounts of Unicode's CLDR, in the PyPI package `babel` | Unicode-3.0, BSD-3-Clause |
+| `documents` | pages that we render in the DejaVu fonts of the PyPI package `matplotlib` | Bitstream Vera licence |
 | `vietnamese` | words and names that we wrote down | this project's |
 """
 

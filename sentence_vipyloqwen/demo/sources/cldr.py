@@ -2,9 +2,9 @@
 
 Licences: CLDR data Unicode-3.0, babel BSD-3-Clause. Whatever is written here is verifiable with babel.
 
-A *content* is what a text says, whatever the language: some names, a date, or an amount. Contents compose (one to three
-names out of hundreds, any date of 80 years, any number of any unit), so a model that has learnt the parts can read combinations
-that it has never seen: train and eval share the parts, never a content and never a text.
+A *content* is what a text says, whatever the language: some names, a date, an amount or a number. Contents compose (one
+to three names out of hundreds, any date of 80 years, any number of any unit), so a model that has learnt the parts can
+read combinations that it has never seen: train and eval share the parts, never a content and never a text.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sentence_vipyloqwen.demo.sources import Record, draw
 
 LANGUAGES = ("vi", "en", "zh")
 UNITS = (
-    "length-kilometer length-meter length-centimeter mass-kilogram mass-gram mass-tonne volume-liter volume-milliliter area-hectare "
-    "area-square-meter duration-hour duration-minute duration-day duration-week duration-month duration-year "
+    "length-kilometer length-meter length-centimeter mass-kilogram mass-gram mass-tonne volume-liter volume-milliliter "
+    "area-hectare area-square-meter duration-hour duration-minute duration-day duration-week duration-month duration-year "
     "digital-megabyte digital-gigabyte power-watt energy-kilowatt-hour speed-kilometer-per-hour temperature-celsius"
 ).split()
 CURRENCIES = "VND USD EUR JPY CNY GBP KRW THB SGD AUD INR CAD".split()
@@ -134,9 +134,9 @@ class Number:
 
 @lru_cache(maxsize=1)
 def vocabulary() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
-    """Names by kind, code and language: territories, languages, currencies in use, and the calendar's months and weekdays.
+    """Names by kind, code and language: territories, languages, currencies in use, months and weekdays.
 
-    A name is taken where all three languages have one of letters alone, distinct within its kind (CLDR tells some apart in brackets).
+    A code is taken where all three languages have a name without brackets or list marks, distinct within its kind.
     """
     locales = {lang: Locale(lang) for lang in LANGUAGES}
     in_use = {code for territory in locales["en"].territories for code in get_territory_currencies(territory)}
@@ -162,7 +162,7 @@ def _calendar(locale: Locale) -> dict[str, str]:
 
 
 def _named(names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """Turn language -> code -> name into code -> language -> name, for codes that every language names in a usable way."""
+    """Turn language -> code -> name into code -> language -> name, where every language has a usable name."""
     shared = sorted(set.intersection(*(set(of_lang) for of_lang in names.values())))
     taken: dict[str, dict[str, str]] = {}
     used: set[tuple[str, str]] = set()
@@ -245,7 +245,7 @@ def _kind(rng: random.Random) -> str:
 
 
 def _two_dates(rng: random.Random) -> tuple[Date, Date, float]:
-    """Two days, scored by the parts they share: 1.0 the same day, 0.6 the same month and year, 0.3 the same year, else 0."""
+    """Two days, scored by what they share: 1.0 the day, 0.6 month and year alone, 0.3 the year alone, 0 none of it."""
     day, score = _date(rng).day, rng.choice((1.0, 0.6, 0.3, 0.0))
     other = {
         1.0: lambda: day,

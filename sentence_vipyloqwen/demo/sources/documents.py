@@ -1,10 +1,12 @@
 """Vietnamese documents that we render: lines of words, invoices, receipts, forms, number plates and contract clauses.
 
 Fonts: DejaVu Sans and Serif, which the PyPI package `matplotlib` ships (Bitstream Vera licence); both cover all of
-Vietnamese, DejaVu Sans Mono does not. Words: `vietnamese.py` and the Vietnamese names of CLDR. People, firms, numbers and amounts are made up.
+Vietnamese, DejaVu Sans Mono does not. Words: `vietnamese.py` and the Vietnamese names of CLDR. People, firms, numbers
+and amounts are made up.
 
-Every page is small and its sides are multiples of 28 pixels, one vision token of Qwen2-VL for each 28x28: 8 tokens for a line, at
-most 32 for a page. All answers are open: a line, an amount, a name, a date or a number of the eval split never occurs in train.
+Every page is small and its sides are multiples of 28 pixels, one vision token of Qwen2-VL for each 28x28: 8 tokens for
+a line, at most 32 for a page. All answers are open: a line, an amount, a name, a date or a number of the eval split
+never occurs in train.
 """
 
 from __future__ import annotations
@@ -236,7 +238,7 @@ def line_record(line: Line, image: str, rng: random.Random) -> Record:
 def page_records(
     page: Page, image: str, count: int, rng: random.Random, reserved: Set[str] = frozenset()
 ) -> list[Record]:
-    """Ask for up to `count` fields of the page, each with a hard negative: not a reserved text, but much like the answer."""
+    """Ask for up to `count` fields of the page, each with a hard negative: like the answer, and not reserved."""
     asked = rng.sample(page.asked, min(count, len(page.asked)))
     return [
         {

@@ -1,11 +1,11 @@
-"""Real pictures with questions: the PyPI package `easy-vqa` (Victor Zhou, MIT licence), 64x64 images of one shape each.
+"""Real pictures with questions: the PyPI package `easy-vqa` (Victor Zhou, MIT licence), 64x64 images of one shape.
 
-Its own split is kept: 4,000 images and 38,575 questions to train on, 1,000 images and 9,673 questions to test on, without an
-image in common. The answers are a closed set of 13 (three shapes, eight colours, yes and no), so train and eval share
-them, as they share the wording of the questions and the captions (24 combinations in three languages).
+Its own split is kept: 4,000 images and 38,575 questions to train on, 1,000 images and 9,673 questions to test on,
+without an image in common. The answers are a closed set of 13 (three shapes, eight colours, yes and no), so train and
+eval share them, as they share the wording of the questions and the captions (24 combinations in three languages).
 
-Questions of several turns and of several images, and the captions, are composed here from the package's own questions and answers: the shape and
-colour of an image are read off them (see `read_facts`), never off the pixels.
+Questions of several turns and of several images, and the captions, are composed here from the package's own questions
+and answers: the shape and colour of an image are read off them (see `read_facts`), never off the pixels.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Picture:
 
 
 def load_pictures(split: str, count: int) -> list[Picture]:
-    """The first `count` images of easy-vqa's own `"train"` or `"test"` split that have questions, all if there are fewer."""
+    """The first `count` images of easy-vqa's own `"train"` or `"test"` split, all of them if there are fewer."""
     paths, questions = {
         "train": (easy_vqa.get_train_image_paths, easy_vqa.get_train_questions),
         "test": (easy_vqa.get_test_image_paths, easy_vqa.get_test_questions),
@@ -114,13 +114,14 @@ def load_pictures(split: str, count: int) -> list[Picture]:
 def read_facts(questions: Sequence[tuple[str, str]]) -> tuple[str | None, str | None]:
     """Read the shape and the colour of an image off its questions and answers.
 
-    An answer that names one is that fact; a question that takes one for granted ("what color is the triangle?") or that is
-    affirmed ("is there a red shape?" yes; "is no circle present?" no) states it; and what all but one value were denied, the
-    last one is.
+    An answer that names one is that fact; a question that takes one for granted ("what color is the triangle?") or
+    that is affirmed ("is there a red shape?" yes; "is no circle present?" no) states it; and where all values but one
+    were denied, that one is left.
 
     >>> read_facts([("what is the red shape?", "circle")])
     ('circle', 'red')
-    >>> read_facts([("is there not a circle?", "yes"), ("is a triangle present?", "no"), ("is there a blue shape?", "yes")])
+    >>> denials = [("is there not a circle?", "yes"), ("is a triangle present?", "no")]
+    >>> read_facts([*denials, ("is there a blue shape?", "yes")])
     ('rectangle', 'blue')
     """
     stated, denied = set(), set()

@@ -1,0 +1,232 @@
+"""The embedded default: the whole job, from nothing to answers, on a tiny model and small real data."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from sentence_transformers import SentenceTransformer
+
+from sentence_vipyloqwen.demo.base_model import make_tiny_base
+from sentence_vipyloqwen.demo.data import DemoData, DemoSizes, build_demo_data
+from sentence_vipyloqwen.index import SearchResult, VectorIndex, write_report
+from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.tasks import split_prefix
+from sentence_vipyloqwen.train.evaluation import Evaluation, evaluate
+from sentence_vipyloqwen.train.recipe import load_recipe
+from sentence_vipyloqwen.train.records import Record, read_records
+from sentence_vipyloqwen.train.run import TrainingResult, train
+
+RECIPE = "tiny.yaml"
+VOCABULARY = 3000
+METRICS_FILE = "metrics.json"
+PAGE_FILE = "search.html"
+COSINE_FLOOR = 0.9999
+ANSWERED = ("ocr", "vqa_single", "vqa_multi")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo's results lie.
+
+    Attributes:
+        model_path: The trained model, a portable folder.
+        metrics_path: Every figure, before and after training.
+        page_path: Queries and what they found, to open in a browser.
+        metrics: The figures.
+    """
+
+    model_path: Path
+    metrics_path: Path
+    page_path: Path
+    metrics: dict[str, Any]
+
+
+def run_demo(
+    output: str | Path,
+    *,
+    sizes: DemoSizes = DemoSizes(),  # noqa: B008 - frozen
+    overrides: dict[str, Any] | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> DemoResult:
+    """Do the whole job: data, base, create, train, evaluate, save, load, index, search.
+
+    1. Make the data and a tiny random Qwen2-VL.
+    2. Create a model of it, train it on all tasks together, evaluate it before and after.
+    3. Load the saved folder with plain Sentence Transformers and with ours, and compare the vectors.
+    4. Index held-out pictures, documents and texts; ask four kinds of question; write the page of results.
+
+    What was made is used again by the next call: the data as they are, training from its last checkpoint.
+
+    Args:
+        output: Folder for everything.
+        sizes: How much data to make.
+        overrides: Settings that replace those of ``tiny.yaml``.
+        seed: Seed of data, weights and sampling.
+        console: Where to tell what happens.
+
+    Raises:
+        RuntimeError: If plain Sentence Transformers gives other vectors.
+    """
+    output = Path(output)
+    steps = _Steps(console or Console(quiet=True))
+    data = steps.run(
+        "Data: easy-vqa, CLDR names, rendered Vietnamese documents", lambda: _make_data(output, sizes, seed)
+    )
+    base = steps.run("Base: a tiny random Qwen2-VL checkpoint", lambda: _make_base(output / "base", data.train, seed))
+    settings = {
+        "base": str(base),
+        "train": [str(data.train)],
+        "eval": str(data.eval),
+        "output": str(output / "training"),
+    }
+    recipe = load_recipe(RECIPE, {**settings, "seed": seed, **(overrides or {})})
+    result = steps.run("Training on all tasks together", lambda: train(recipe, device="cpu"))
+    lines = evaluate(result.model, data.eval_lines)
+    _show(steps.console, result, lines)
+    records = list(read_records(data.eval))
+    agreement = steps.run(
+        "Loading the saved folder with plain SentenceTransformer",
+        lambda: compare_with_stock(result.model_path, _sample(records)),
+    )
+    page = steps.run("Index and search", lambda: _search(result.model_path, data, records, output))
+    metrics = {
+        "before": result.before.to_dict() if result.before else None,
+        "after": result.after.to_dict() if result.after else None,
+        "ocr_lines": lines.to_dict(),
+        "stock_agreement": agreement,
+        "records": data.counts,
+        "seconds": steps.seconds,
+    }
+    metrics_path = output / METRICS_FILE
+    metrics_path.write_text(json.dumps(metrics, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    steps.console.print(
+        f"\nModel    {result.model_path}\nFigures  {metrics_path}\nResults  {page}  (open it in a browser)"
+    )
+    return DemoResult(result.model_path, metrics_path, page, metrics)
+
+
+def compare_with_stock(model_path: Path, inputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Encode inputs with plain ``SentenceTransformer`` and with ``ViPyloQwen``.
+
+    Returns:
+        The lowest ``cosine`` between the two, and the largest ``norm_error`` from 1.
+
+    Raises:
+        RuntimeError: If a cosine is below 0.9999.
+    """
+    theirs, ours = (
+        load(str(model_path), device="cpu").encode(list(inputs), convert_to_numpy=True)
+        for load in (SentenceTransformer, ViPyloQwen)
+    )
+    cosine = float((theirs * ours).sum(axis=1).min())
+    if cosine < COSINE_FLOOR:
+        raise RuntimeError(f"Plain SentenceTransformer gives other vectors: cosine {cosine:.6f} < {COSINE_FLOOR}.")
+    norms = np.linalg.norm(np.concatenate([theirs, ours]), axis=1)
+    return {"inputs": len(inputs), "cosine": cosine, "norm_error": float(np.abs(norms - 1).max())}
+
+
+class _Steps:
+    """Names each step on the screen and measures it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, work: Any) -> Any:
+        self.console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/]")
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        self.console.print(f"[dim]   {self.seconds[name]} s[/]")
+        return result
+
+
+def _make_data(output: Path, sizes: DemoSizes, seed: int) -> DemoData:
+    return build_demo_data(output / "data", seed=seed, sizes=sizes)
+
+
+def _make_base(folder: Path, train_file: Path, seed: int) -> Path:
+    if not (folder / "model.safetensors").exists():
+        make_tiny_base(folder, _texts(train_file), vocab_size=VOCABULARY, seed=seed)
+    return folder
+
+
+def _texts(train_file: Path) -> Iterator[str]:
+    with train_file.open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            for side in (record["anchor"], record["positive"]):
+                text = side.get("text", "") if isinstance(side, dict) else side
+                yield "\n".join(text) if isinstance(text, list) else text
+
+
+def _show(console: Console, result: TrainingResult, lines: Evaluation) -> None:
+    table = Table("task", "measure", "before", "after", title="Held-out data")
+    for name, task in result.after.tasks.items() if result.after else ():
+        before = result.before.tasks[name].metrics[task.headline] if result.before else float("nan")
+        table.add_row(name, task.headline, f"{before:.3f}", f"{task.metrics[task.headline]:.3f}")
+    ocr = lines.tasks["ocr"]
+    table.add_row("ocr, lines alone", "recall@1", "", f"{ocr.metrics['recall@1']:.3f}")
+    table.add_row("", "recall@10", "", f"{ocr.metrics['recall@10']:.3f}")
+    console.print(table)
+
+
+def _sample(records: Sequence[Record], count: int = 64) -> list[dict[str, Any]]:
+    """Inputs of every task, spread evenly over the records."""
+    rows = np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)
+    return [records[row].anchor.as_input() for row in rows]
+
+
+def _search(model_path: Path, data: DemoData, records: Sequence[Record], output: Path) -> Path:
+    """Index what was held out, and the answers to the questions; ask by text, image, both, and with a prefix."""
+    model = ViPyloQwen(str(model_path), device="cpu")
+    items = _items(data, records)
+    index = VectorIndex.build(model, items, output / "index", overwrite=True)
+    results = [
+        SearchResult(query, index.search(query, k=5, prompt_name=prompt), prompt_name=prompt)
+        for query, prompt in _queries(records)
+    ]
+    subtitle = f"{len(index)} held-out pictures, documents, texts and answers; a model of 3 million parameters"
+    return write_report(output / PAGE_FILE, results, title="sentence-vipyloqwen: search", subtitle=subtitle)
+
+
+def _items(data: DemoData, records: Sequence[Record]) -> list[dict[str, Any]]:
+    items = [json.loads(line) for line in data.items.read_text(encoding="utf-8").splitlines()]
+    for item in items:
+        if "image" in item:
+            item["image"] = [str(data.folder / image) for image in item["image"]]
+    known = {item.get("text") for item in items}
+    answers = dict.fromkeys(record.positive.text for record in records if record.task.name in ANSWERED)
+    texts = [text for text in answers if text not in known]
+    return items + [
+        {"id": f"answer-{i:04d}", "text": text, "metadata": {"kind": "answer"}} for i, text in enumerate(texts)
+    ]
+
+
+def _queries(records: Sequence[Record]) -> list[tuple[dict[str, Any], str | None]]:
+    """A text, an image, an image with a text, and questions under a prefix, all of held-out records."""
+    first = {}
+    for record in records:
+        first.setdefault((record.task.name, record.domain), record)
+    caption, document = first["general", "caption"], first["general", "document"]
+    queries: list[tuple[dict[str, Any], str | None]] = [
+        ({"text": caption.positive.text}, None),
+        (caption.anchor.as_input(), None),
+        ({**document.anchor.as_input(), "text": document.positive.text}, None),
+    ]
+    asked = [key for key in first if key[0] in ANSWERED]
+    return queries + [(_unprefixed(first[key]), first[key].task.name) for key in asked]
+
+
+def _unprefixed(record: Record) -> dict[str, Any]:
+    """The record's anchor without its prefix, which the query names as its prompt."""
+    query = record.anchor.as_input()
+    return {**query, "text": split_prefix(query["text"])[1]}

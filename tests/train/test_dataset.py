@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from datasets import load_from_disk
+from datasets.naming import _split_re
+
+from sentence_vipyloqwen.train import dataset
+from sentence_vipyloqwen.train.dataset import load_tasks
+from sentence_vipyloqwen.train.records import RecordError
+
+LINES: list[dict[str, Any]] = [
+    {"task": "ocr", "anchor": {"image": "a.png", "text": "q1"}, "positive": "p1", "negative": ["n1", "n2"], "id": "1"},
+    {"anchor": "caption", "positive": {"image": ["b.png"]}, "lang": "vi"},
+    {"task": "ocr", "anchor": {"image": "a.png", "text": "q2"}, "positive": "p2", "domain": "x"},
+    {"task": "text_pair", "anchor": "a", "positive": "b", "score": 0.62},
+    {"task": "ocr", "anchor": {"image": "a.png", "text": "q3"}, "positive": "p3", "negative": "n3"},
+    {"task": "ocr", "anchor": {"image": "a.png", "text": "q4"}, "positive": "p4"},
+    {"task": "text_pair", "anchor": "a", "positive": "b", "negative": "c", "score": 1},
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "train.jsonl", LINES)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_records_are_split_by_task_and_columns_in_the_order_of_the_table(path: Path, cache: Path):
+    splits = load_tasks(path, cache_dir=cache)
+    assert splits.column_names == {
+        "text_pair": ["anchor", "positive", "score"],
+        "text_pair.negatives_1": ["anchor", "positive", "negative_1", "score"],
+        "ocr": ["anchor", "positive"],
+        "ocr.negatives_1": ["anchor", "positive", "negative_1"],
+        "ocr.negatives_2": ["anchor", "positive", "negative_1", "negative_2"],
+        "general": ["anchor", "positive"],
+    }
+    assert list(splits) == list(splits.column_names)
+    assert splits.num_rows == dict.fromkeys(splits, 1) | {"ocr": 2}
+    assert all(re.fullmatch(_split_re, name) for name in splits), "the Hub would refuse the name"
+
+
+def test_rows_hold_inputs_with_their_prefix_and_nothing_else(path: Path, cache: Path):
+    splits = load_tasks(path, cache_dir=cache)
+    image = str(path.parent / "a.png")
+    assert splits["ocr"][:] == {
+        "anchor": [{"image": [image], "text": "<ocr> q2"}, {"image": [image], "text": "<ocr> q4"}],
+        "positive": [{"image": [], "text": "p2"}, {"image": [], "text": "p4"}],
+    }
+    assert splits["ocr.negatives_2"][0] == {
+        "anchor": {"image": [image], "text": "<ocr> q1"},
+        "positive": {"image": [], "text": "p1"},
+        "negative_1": {"image": [], "text": "n1"},
+        "negative_2": {"image": [], "text": "n2"},
+    }
+    assert splits["text_pair"][0] == {
+        "anchor": {"image": [], "text": "<text_pair> a"},
+        "positive": {"image": [], "text": "<text_pair> b"},
+        "score": 0.62,
+    }
+    assert splits["general"][0]["positive"] == {"image": [str(path.parent / "b.png")], "text": ""}
+
+
+def test_rows_are_memory_mapped_and_the_files_are_parsed_once(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    first = load_tasks(path, cache_dir=cache)
+    monkeypatch.setattr(dataset, "read_records", None)
+    before = pa.total_allocated_bytes()
+    second = load_tasks(path, cache_dir=cache)
+    assert pa.total_allocated_bytes() == before
+    assert {name: split[:] for name, split in first.items()} == {name: split[:] for name, split in second.items()}
+    assert all(Path(file["filename"]).is_relative_to(cache) for split in second.values() for file in split.cache_files)
+
+
+def test_a_changed_file_is_read_anew(path: Path, cache: Path):
+    load_tasks(path, cache_dir=cache)
+    write(path, LINES[:2])
+    assert load_tasks(path, cache_dir=cache).num_rows == {"ocr.negatives_2": 1, "general": 1}
+    os.utime(path, ns=(0, 0))
+    assert len(list(cache.glob("*/splits.json"))) == 2
+    load_tasks(path, cache_dir=cache)
+    assert len(list(cache.glob("*/splits.json"))) == 3
+
+
+def test_a_new_format_is_built_anew(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    load_tasks(path, cache_dir=cache)
+    monkeypatch.setattr(dataset, "FORMAT_VERSION", -1)
+    load_tasks(path, cache_dir=cache)
+    assert len(list(cache.glob("*/splits.json"))) == 2
+
+
+def test_several_files_are_one_dataset_and_images_stay_relative_to_their_file(path: Path, cache: Path):
+    (path.parent / "more").mkdir()
+    more = write(path.parent / "more" / "t.jsonl", LINES[2:3])
+    ocr = load_tasks([str(path), more], cache_dir=cache)["ocr"]
+    assert [row["image"] for row in ocr["anchor"]] == [[str(path.parent / "a.png")]] * 2 + [
+        [str(path.parent / "more" / "a.png")]
+    ]
+
+
+@pytest.mark.parametrize("bound", ["ROWS_PER_BATCH", "CHARACTERS_PER_BATCH"])
+def test_rows_are_written_in_batches(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, bound: str):
+    monkeypatch.setattr(dataset, bound, 10)
+    path = write(tmp_path / "t.jsonl", [{"anchor": f"anchor {i}", "positive": "p"} for i in range(95)])
+    general = load_tasks(path, cache_dir=cache)["general"]
+    assert [row["text"] for row in general["anchor"]] == [f"anchor {i}" for i in range(95)]
+    assert len(general.data.column("anchor").chunks) >= 10
+
+
+def test_a_bad_line_stops_with_its_place_and_leaves_nothing_to_load(path: Path, cache: Path):
+    path.write_text(path.read_text() + '{"task": "ocr"}\n')
+    for _ in range(2):
+        with pytest.raises(RecordError, match=rf"{path}:8: anchor: got nothing"):
+            load_tasks(path, cache_dir=cache)
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_a_file_without_records_is_refused(path: Path, cache: Path):
+    empty = path.parent / "empty.jsonl"
+    empty.write_text("\n\n")
+    with pytest.raises(ValueError, match=f"{empty}: no record"):
+        load_tasks([path, empty], cache_dir=cache)
+    with pytest.raises(ValueError, match="got no path"):
+        load_tasks([], cache_dir=cache)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def growing(source: Path):
+        yield from read(source)
+        os.utime(source, ns=(0, 0))
+
+    read = dataset.read_records
+    monkeypatch.setattr(dataset, "read_records", growing)
+    with pytest.raises(ValueError, match="changed while being read"):
+        load_tasks(path, cache_dir=cache)
+    assert not list(cache.glob("*/splits.json"))
+
+
+def test_what_a_killed_run_left_is_cleared(path: Path, cache: Path):
+    rows = load_tasks(path, cache_dir=cache).num_rows
+    (complete,) = (entry.parent for entry in cache.glob("*/splits.json"))
+    complete.rename(complete.with_name(f"{complete.name}.tmp"))
+    assert load_tasks(path, cache_dir=cache).num_rows == rows
+    assert [entry for entry in cache.iterdir() if entry.is_dir()] == [complete]
+
+
+def test_a_damaged_cache_is_refused(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dataset, "ROWS_PER_BATCH", 1)
+    load_tasks(path, cache_dir=cache)
+    (file,) = cache.glob("*/ocr.arrow")
+    with pa.ipc.open_stream(pa.OSFile(str(file))) as stream:
+        batches = list(stream)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, batches[0].schema) as stream:
+        stream.write_batch(batches[0])  # one row of two
+    with pytest.raises(ValueError, match="delete the folder"):
+        load_tasks(path, cache_dir=cache)
+
+
+def test_splits_survive_saving_to_disk(path: Path, cache: Path, tmp_path: Path):
+    splits = load_tasks(path, cache_dir=cache)
+    splits.save_to_disk(tmp_path / "saved")
+    assert load_from_disk(tmp_path / "saved").column_names == splits.column_names
