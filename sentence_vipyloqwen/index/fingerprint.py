@@ -24,7 +24,7 @@ class Fingerprint:
     Attributes:
         weights: xxh3-128 of every tensor of the state dict: name, dtype, shape and bytes (32 hexadecimal digits).
         dim: Dimensions of an embedding, after truncation.
-        prompts: Prompt name -> text.
+        prompts: Prompt name -> text, empty ones left out: they change nothing.
         default_prompt_name: Name of the prompt that is used where none is asked for.
         processing: What else changes a vector: ``max_seq_length`` (tokens), ``min_pixels`` and ``max_pixels`` of an
             image, ``vocabulary`` (a hash), ``modules`` (pooling and activations).
@@ -89,7 +89,7 @@ def fingerprint(model: SentenceTransformer) -> Fingerprint:
     return Fingerprint(
         weights=_hash_tensors(model.state_dict().items()),
         dim=dim,
-        prompts=dict(model.prompts),
+        prompts={name: text for name, text in model.prompts.items() if text},
         default_prompt_name=model.default_prompt_name,
         processing=_processing(model),
     )

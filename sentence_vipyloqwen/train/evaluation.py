@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import SentenceEvaluator
@@ -61,7 +62,7 @@ COLUMN_TITLES: Mapping[str, str] = {
     "recall@5": "R@5",
     "recall@10": "R@10",
     "mrr": "MRR",
-    "ndcg@10": "nDCG@10",
+    "ndcg@10": "nDCG",
     "spearman": "Spearman",
     "pearson": "Pearson",
 }
@@ -132,17 +133,17 @@ class Evaluation:
         """A table for the screen: a row for each task and, below it, for each of its groups."""
         measured = {metric for result in self.tasks.values() for metric in result.metrics}
         columns = [metric for metric in COLUMN_TITLES if metric in measured]
-        table = Table(title=f"mean of the headlines (*): {self.mean:.3f}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(title=f"mean of the headlines (*): {self.mean:.3f}", box=box.SIMPLE, show_edge=False, padding=0)
         table.add_column("task", no_wrap=True)
         for title in ("queries", "cand.", *(COLUMN_TITLES[metric] for metric in columns)):
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title, justify="right", no_wrap=True, min_width=5)  # numbers stay whole
         for name, result in self.tasks.items():
             numbers = _table_numbers(result, columns, result.headline)
             table.add_row(name, str(result.queries), str(result.candidates or ""), *numbers, style="bold")
             for kind in BREAKDOWNS:
                 for group, part in getattr(result, kind).items():
                     numbers = _table_numbers(part, columns)
-                    table.add_row(f"  {kind} {group}", str(part.queries), "", *numbers)
+                    table.add_row(f"  {kind} {escape(group)}", str(part.queries), "", *numbers)
         return table
 
 
@@ -356,7 +357,7 @@ def _groups(kind: str, records_of_queries: Sequence[Sequence[Record]]) -> dict[s
 
 
 def _table_numbers(result: GroupResult, columns: Sequence[str], headline: str = "") -> list[str]:
-    texts = {name: f"{value:.3f}" + "*" * (name == headline) for name, value in result.metrics.items()}
+    texts = {name: f"{value:.3f}" + ("*" if name == headline else "") for name, value in result.metrics.items()}
     return [texts.get(column, "") for column in columns]
 
 

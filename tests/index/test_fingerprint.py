@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
+from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.index import Fingerprint, fingerprint
 
 
@@ -77,6 +79,24 @@ def test_vocabulary_counts_whatever_its_order(make_model):
     first, same, other = map(fingerprint, models)
     assert first == same
     assert first.differences(other) == ["processing.vocabulary"]
+
+
+def test_empty_prompts_do_not_count(make_model):
+    model = make_model()
+    before = fingerprint(model)
+    model.prompts["query"], model.prompts["passage"] = "", ""
+    assert fingerprint(model) == before
+
+
+def test_ours_and_stock_agree_on_a_saved_model(folder):
+    ours, stock = (
+        fingerprint(ViPyloQwen(folder, device="cpu")),
+        fingerprint(SentenceTransformer(str(folder), device="cpu")),
+    )
+    assert ours.differences(stock) == []
+    assert ours == stock
+    assert {"min_pixels", "max_pixels", "max_seq_length", "vocabulary"} <= set(ours.processing)
+    assert {"pooling_mode": "mean", "include_prompt": True} in ours.processing["modules"]
 
 
 def test_unknown_dimension_is_refused(make_model, monkeypatch):

@@ -79,9 +79,8 @@ def test_texts_of_users_are_escaped_everywhere(tmp_path):
     assert page.all("script") == []
     assert page.all("img") == []
     assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
-    assert (
-        page.text.count(ATTACK) == 8
-    )  # title, heading, subtitle, query, prompt, text, id, value; the key has an attribute's
+    # Title, heading, subtitle, query, prompt, text, id, key and value.
+    assert page.text.count(ATTACK) == 9
     assert "49" not in page.text
 
 

@@ -10,9 +10,13 @@ import pyarrow as pa
 import pytest
 from datasets import load_from_disk
 from datasets.naming import _split_re
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
+from sentence_vipyloqwen import ViPyloQwen
+from sentence_vipyloqwen.losses import PrefixRoutedLoss
 from sentence_vipyloqwen.train import dataset
 from sentence_vipyloqwen.train.dataset import load_tasks
+from sentence_vipyloqwen.train.evaluation import TasksEvaluator
 from sentence_vipyloqwen.train.records import RecordError
 
 LINES: list[dict[str, Any]] = [
@@ -169,6 +173,35 @@ def test_a_damaged_cache_is_refused(path: Path, cache: Path, monkeypatch: pytest
         stream.write_batch(batches[0])  # one row of two
     with pytest.raises(ValueError, match="delete the folder"):
         load_tasks(path, cache_dir=cache)
+
+
+def test_the_stock_trainer_takes_every_split_and_the_evaluator(
+    path: Path, cache: Path, tmp_path: Path, model: ViPyloQwen, picture
+):
+    for name in ("a.png", "b.png"):
+        picture().save(tmp_path / name)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        multi_dataset_batch_sampler="round_robin",
+        eval_strategy="steps",
+        eval_steps=6,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = SentenceTransformerTrainer(
+        model,
+        arguments,
+        train_dataset=load_tasks(path, cache_dir=cache),
+        loss=PrefixRoutedLoss(model),
+        evaluator=TasksEvaluator(path),
+    )
+    trainer.train()
+    (measured,) = [entry for entry in trainer.state.log_history if "eval_tasks_mean" in entry]
+    assert measured["eval_ocr_recall@10"] == 1
 
 
 def test_splits_survive_saving_to_disk(path: Path, cache: Path, tmp_path: Path):

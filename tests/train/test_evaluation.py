@@ -17,6 +17,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 
+from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.tasks import ALL_TASKS
 from sentence_vipyloqwen.train import evaluation
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
@@ -212,6 +213,23 @@ def test_a_file_is_read_as_the_trainer_reads_it(tmp_path: Path):
         TasksEvaluator([])
 
 
+def test_our_model_and_the_stock_one_of_its_folder_measure_alike(folder: Path, tmp_path: Path, picture):
+    for i in range(4):
+        picture(seed=i).save(tmp_path / f"{i}.png")
+    lines = [
+        *({"task": "ocr", "anchor": {"image": f"{i}.png", "text": "Số tiền?"}, "positive": f"{i} đ"} for i in range(4)),
+        {"task": "vqa_multi", "anchor": {"image": ["0.png", "1.png"], "text": ["<image>a", "b"]}, "positive": "yes"},
+        {"anchor": {"image": "2.png"}, "positive": "hai"},
+        {"task": "text_pair", "anchor": "a", "positive": {"image": "3.png"}, "score": 0.5},
+        {"task": "text_pair", "anchor": "a", "positive": "data:b", "score": 1},
+    ]
+    path = tmp_path / "eval.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ours = evaluate(ViPyloQwen(folder, device="cpu"), path).to_dict()
+    assert ours == evaluate(SentenceTransformer(str(folder), device="cpu"), path).to_dict()
+    assert list(ours["tasks"]) == ["text_pair", "ocr", "vqa_multi", "general"]
+
+
 # --- The evaluator, JSON and the table ---
 
 
@@ -269,7 +287,12 @@ def test_the_table_has_a_row_for_each_task_and_group():
     assert "acc" not in text, "no closed set, no column"
 
 
+def test_the_table_shows_a_group_name_as_it_is():
+    result = evaluate(tiny(hashed), [record("general", "a", "b", domain="[bold]")])
+    assert "domain [bold]" in rendered(result)
+
+
 def rendered(result: Evaluation) -> str:
-    console = Console(width=90, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(result.table())
     return console.export_text()

@@ -5,7 +5,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sentence_vipyloqwen.train.metrics import (
@@ -49,6 +49,7 @@ def test_similarities_within_the_tolerance_tie():
     assert relevant_ranks(scores, [0], tolerance=1e-6).tolist() == [2]
 
 
+@settings(deadline=None)
 @given(queries())
 def test_ranks_are_those_of_the_worst_order_among_ties(query: tuple[list[float], list[int]]):
     scores, relevant = query
@@ -61,6 +62,7 @@ def test_ranks_are_those_of_the_worst_order_among_ties(query: tuple[list[float],
     assert relevant_ranks(scores, relevant).tolist() == worst
 
 
+@settings(deadline=None)
 @given(queries(), st.randoms())
 def test_ranks_do_not_depend_on_the_order_of_the_candidates(query, random):
     scores, relevant = query
@@ -85,6 +87,7 @@ def test_the_ideal_of_ndcg_is_cut_at_k():
     assert ndcg_at_k(np.arange(1, 21), 10) == 1
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(1, 30), min_size=1), st.integers(1, 29))
 def test_measures_lie_in_0_1_and_grow_with_k(places: set[int], k: int):
     ranks = sorted(places)

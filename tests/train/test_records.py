@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -207,6 +207,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(records.RECORD_KEYS), JSON) | JSON)
 @example({"anchor": {"image": ["a"]}, "positive": "p"})
 def test_any_json_is_a_well_formed_record_or_a_value_error(raw: Any):
@@ -221,6 +222,7 @@ def test_any_json_is_a_well_formed_record_or_a_value_error(raw: Any):
     assert (record.score is not None) == (record.task.name == "text_pair")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_any_bytes_are_a_record_or_a_value_error(line: bytes):
     with pytest.raises(ValueError, match=r"."):

@@ -20,9 +20,15 @@ Record = dict[str, Any]
 _PACKAGES = {"easy_vqa": "easy-vqa", "babel": "babel", "matplotlib": "matplotlib"}
 _ATTEMPTS_PER_DRAW = 200
 
-_missing = [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
-if _missing:
-    raise ImportError(f"the demo's data needs {', '.join(_missing)}: pip install 'sentence-vipyloqwen[demo]'")
+
+def check_packages() -> None:
+    """Refuse to go on without a package that the data come from; called once, when this package is imported."""
+    missing = [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(f"the demo's data needs {', '.join(missing)}: pip install 'sentence-vipyloqwen[demo]'")
+
+
+check_packages()
 
 
 class Drawable(Hashable, Protocol):

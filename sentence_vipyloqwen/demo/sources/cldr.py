@@ -27,11 +27,30 @@ from sentence_vipyloqwen.demo.sources import Record, draw
 
 LANGUAGES = ("vi", "en", "zh")
 UNITS = (
-    "length-kilometer length-meter length-centimeter mass-kilogram mass-gram mass-tonne volume-liter volume-milliliter "
-    "area-hectare area-square-meter duration-hour duration-minute duration-day duration-week duration-month duration-year "
-    "digital-megabyte digital-gigabyte power-watt energy-kilowatt-hour speed-kilometer-per-hour temperature-celsius"
-).split()
-CURRENCIES = "VND USD EUR JPY CNY GBP KRW THB SGD AUD INR CAD".split()
+    "length-kilometer",
+    "length-meter",
+    "length-centimeter",
+    "mass-kilogram",
+    "mass-gram",
+    "mass-tonne",
+    "volume-liter",
+    "volume-milliliter",
+    "area-hectare",
+    "area-square-meter",
+    "duration-hour",
+    "duration-minute",
+    "duration-day",
+    "duration-week",
+    "duration-month",
+    "duration-year",
+    "digital-megabyte",
+    "digital-gigabyte",
+    "power-watt",
+    "energy-kilowatt-hour",
+    "speed-kilometer-per-hour",
+    "temperature-celsius",
+)
+CURRENCIES = ("VND", "USD", "EUR", "JPY", "CNY", "GBP", "KRW", "THB", "SGD", "AUD", "INR", "CAD")
 
 _MAX_NAMES = 3
 _FIRST_DAY = datetime.date(1950, 1, 1)
@@ -356,7 +375,7 @@ def _say(forms: Mapping[str, str], lang: str, target: str, content: str = "") ->
     return forms[lang].format(language=_LANGUAGE_NAMES[lang][target], content=content)
 
 
-def _plain(content: Content, lang: str) -> str:
+def plain(content: Content, lang: str) -> str:
     """One fixed form of a content, so that a question has one right answer: its own order, the long style of a date."""
     if isinstance(content, Date):
         return format_date(content.day, "long", locale=lang)
@@ -368,19 +387,19 @@ def _plain(content: Content, lang: str) -> str:
 def _translation(rng: random.Random) -> Instruction:
     content, (source, target) = _content(rng), rng.sample(LANGUAGES, 2)
     lang = rng.choice((source, target))  # the instruction's own language
-    text = f"{_say(_TRANSLATE, lang, target)}: {_plain(content, source)}"
-    return Instruction((text,), _plain(content, target), lang, "translation", (content.key,))
+    text = f"{_say(_TRANSLATE, lang, target)}: {plain(content, source)}"
+    return Instruction((text,), plain(content, target), lang, "translation", (content.key,))
 
 
 def _conversation(rng: random.Random) -> Instruction:
     """The last turn says into which language, an earlier one what; in half of them a translation stands between."""
     content, (source, target, between) = _content(rng), rng.sample(LANGUAGES, 3)
-    lang, said = rng.choice((source, target)), _plain(content, source)
+    lang, said = rng.choice((source, target)), plain(content, source)
     turns = (said, _say(_TRANSLATE, lang, target))
     if rng.random() < 0.5:
         request = f"{_say(_TRANSLATE, lang, between)}: {said}"
-        turns = (request, _plain(content, between), _say(_AGAIN, lang, target))
-    return Instruction(turns, _plain(content, target), lang, "conversation", (content.key,))
+        turns = (request, plain(content, between), _say(_AGAIN, lang, target))
+    return Instruction(turns, plain(content, target), lang, "conversation", (content.key,))
 
 
 def _written_date(rng: random.Random) -> Instruction:

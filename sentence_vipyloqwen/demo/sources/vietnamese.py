@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-BUSINESS_WORDS: tuple[str, ...] = tuple(
-    word.strip()
-    for word in """
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.replace("\n", " ").split(","))
+
+
+BUSINESS_WORDS = _listed(
+    """
     hóa đơn, biên lai, hợp đồng, phụ lục, điều khoản, chữ ký, con dấu, giám đốc, kế toán, thủ quỹ, nhân viên,
     khách hàng, người mua, người bán, bên thuê, đơn vị, địa chỉ, điện thoại, mã số, thuế suất, tiền thuế,
     tiền mặt, chuyển khoản, tài khoản, ngân hàng, chi nhánh, số dư, lãi suất, vay vốn, trả góp, đặt cọc,
@@ -14,34 +18,48 @@ BUSINESS_WORDS: tuple[str, ...] = tuple(
     kiểm tra, nghiệm thu, bàn giao, quyết toán, ngân sách, chi phí, doanh thu, lợi nhuận, cổ phần, cổ đông,
     vốn góp, đầu tư, dự án, kế hoạch, báo cáo, biên bản, quyết định, thông báo, công văn, tờ trình, đề nghị,
     yêu cầu, phê duyệt, ký tên, xác nhận, công chứng, giấy phép, đăng ký, kinh doanh, thương mại, dịch vụ,
-    sản xuất, xây dựng, vật liệu, xi măng, sắt thép, gạch ngói, cát đá, gỗ, sơn, kính, nhôm, ống nước, dây điện,
-    máy bơm, máy tính, máy in, bàn ghế, tủ sách, giấy, bút, mực, sổ, kẹp, băng keo, điện, nước, xăng, dầu, ga,
-    than, gạo, bún, phở, bánh mì, cà phê, trà, sữa, đường, muối, nước mắm, rau, củ, quả, thịt bò, thịt gà, cá,
-    tôm, mực khô, trứng, đậu phụ, bưởi, cam, chuối, xoài, dứa, ổi, nhãn, vải thiều, sầu riêng, thanh long,
-    hạt điều, hồ tiêu, cao su, dệt may, da giày, thủy sản, nông sản, phân bón, thuốc, bệnh viện, trường học,
-    khách sạn, nhà hàng, siêu thị, chợ, cửa hàng, văn phòng, nhà xưởng, căn hộ, mặt bằng, đất, ruộng, vườn,
-    đường phố, quận, huyện, xã, phường, thị trấn, tỉnh, thành phố, làng, thôn, ngõ, ngách, tầng, phòng, cửa, sân,
-    cổng, cầu, bến xe, nhà ga, sân bay, cảng, tàu, thuyền, xe tải, xe máy, ô tô, xe buýt, tắc xi, vé, hành lý,
-    lịch trình, khởi hành, điểm đến, ngày, tháng, năm, giờ, phút, sáng, trưa, chiều, tối, hôm nay, ngày mai,
-    tuần, quý, thời hạn, gia hạn, hết hạn, bắt đầu, kết thúc, họ tên, tuổi, giới tính, quốc tịch, dân tộc,
-    nghề nghiệp, học vấn, lương, thưởng, phụ cấp, nghỉ phép, tuyển dụng, thử việc, đào tạo, thực tập, tốt nghiệp,
-    bằng cấp, kỹ sư, bác sĩ, giáo viên, luật sư, thợ may, thợ điện, công nhân, nông dân, gia đình, vợ, chồng,
-    con, ông, bà, cha, mẹ, anh, chị, em, bạn, mới, cũ, lớn, nhỏ, dài, ngắn, cao, thấp, rộng, hẹp, nặng, nhẹ, đỏ,
-    xanh, vàng, trắng, đen, nâu, tím, hồng, một, hai, ba, bốn, năm mươi, sáu, bảy, tám, chín, mười, trăm, nghìn,
-    triệu, tỷ, đồng, miễn phí, ưu đãi, chất lượng, uy tín, an toàn, nhanh, chậm, đúng, đủ, thiếu, thừa
-    """.replace("\n", " ").split(",")
+    sản xuất, xây dựng, vật liệu, xi măng, sắt thép, gạch ngói, cát đá, gỗ, sơn, kính, nhôm, ống nước,
+    dây điện, máy bơm, máy tính, máy in, bàn ghế, tủ sách, giấy, bút, mực, sổ, kẹp, băng keo, điện, nước,
+    xăng, dầu, ga, than, gạo, bún, phở, bánh mì, cà phê, trà, sữa, đường, muối, nước mắm, rau, củ, quả,
+    thịt bò, thịt gà, cá, tôm, mực khô, trứng, đậu phụ, bưởi, cam, chuối, xoài, dứa, ổi, nhãn, vải thiều,
+    sầu riêng, thanh long, hạt điều, hồ tiêu, cao su, dệt may, da giày, thủy sản, nông sản, phân bón, thuốc,
+    bệnh viện, trường học, khách sạn, nhà hàng, siêu thị, chợ, cửa hàng, văn phòng, nhà xưởng, căn hộ,
+    mặt bằng, đất, ruộng, vườn, đường phố, quận, huyện, xã, phường, thị trấn, tỉnh, thành phố, làng, thôn,
+    ngõ, ngách, tầng, phòng, cửa, sân, cổng, cầu, bến xe, nhà ga, sân bay, cảng, tàu, thuyền, xe tải, xe máy,
+    ô tô, xe buýt, tắc xi, vé, hành lý, lịch trình, khởi hành, điểm đến, ngày, tháng, năm, giờ, phút, sáng,
+    trưa, chiều, tối, hôm nay, ngày mai, tuần, quý, thời hạn, gia hạn, hết hạn, bắt đầu, kết thúc, họ tên,
+    tuổi, giới tính, quốc tịch, dân tộc, nghề nghiệp, học vấn, lương, thưởng, phụ cấp, nghỉ phép, tuyển dụng,
+    thử việc, đào tạo, thực tập, tốt nghiệp, bằng cấp, kỹ sư, bác sĩ, giáo viên, luật sư, thợ may, thợ điện,
+    công nhân, nông dân, gia đình, vợ, chồng, con, ông, bà, cha, mẹ, anh, chị, em, bạn, mới, cũ, lớn, nhỏ,
+    dài, ngắn, cao, thấp, rộng, hẹp, nặng, nhẹ, đỏ, xanh, vàng, trắng, đen, nâu, tím, hồng, một, hai, ba,
+    bốn, năm mươi, sáu, bảy, tám, chín, mười, trăm, nghìn, triệu, tỷ, đồng, miễn phí, ưu đãi, chất lượng,
+    uy tín, an toàn, nhanh, chậm, đúng, đủ, thiếu, thừa
+    """
 )
 """Common words of business documents, in no particular order."""
 
-SURNAMES = tuple("Nguyễn Trần Lê Phạm Hoàng Huỳnh Phan Vũ Võ Đặng Bùi Đỗ Hồ Ngô Dương Lý Đinh Trịnh".split())
-MIDDLE_NAMES = tuple("Văn Thị Hữu Đức Minh Thanh Ngọc Quốc Thu Xuân Hồng Gia Bảo Kim Phương Anh".split())
-GIVEN_NAMES = tuple(
-    "An Bình Châu Cường Dung Dũng Giang Hà Hải Hạnh Hiếu Hoa Hùng Huệ Hương Khánh Lan Liên Linh Long Mai Nam Nga Nhung "
-    "Oanh Phúc Quân Quỳnh Sơn Tâm Thảo Thắng Thúy Trang Trung Tú Tuấn Uyên Vân Việt Vinh Yến".split()
+SURNAMES = _listed(
+    """
+    Nguyễn, Trần, Lê, Phạm, Hoàng, Huỳnh, Phan, Vũ, Võ, Đặng, Bùi, Đỗ, Hồ, Ngô, Dương, Lý, Đinh, Trịnh
+    """
 )
-BRAND_WORDS = tuple(
-    "Minh Phát Hưng Thịnh Đại Lộc Phú Quý Tân Tiến Thành Công An Khang Hòa Bình Đông Á Việt Nhật Sao Mai Hoàng Gia "
-    "Trường Thọ Vạn Xuân Ngọc Thiên Bảo Long".split()
+MIDDLE_NAMES = _listed(
+    """
+    Văn, Thị, Hữu, Đức, Minh, Thanh, Ngọc, Quốc, Thu, Xuân, Hồng, Gia, Bảo, Kim, Phương, Anh
+    """
+)
+GIVEN_NAMES = _listed(
+    """
+    An, Bình, Châu, Cường, Dung, Dũng, Giang, Hà, Hải, Hạnh, Hiếu, Hoa, Hùng, Huệ, Hương, Khánh, Lan, Liên,
+    Linh, Long, Mai, Nam, Nga, Nhung, Oanh, Phúc, Quân, Quỳnh, Sơn, Tâm, Thảo, Thắng, Thúy, Trang, Trung, Tú,
+    Tuấn, Uyên, Vân, Việt, Vinh, Yến
+    """
+)
+BRAND_WORDS = _listed(
+    """
+    Minh, Phát, Hưng, Thịnh, Đại, Lộc, Phú, Quý, Tân, Tiến, Thành, Công, An, Khang, Hòa, Bình, Đông, Á, Việt,
+    Nhật, Sao, Mai, Hoàng, Gia, Trường, Thọ, Vạn, Xuân, Ngọc, Thiên, Bảo, Long
+    """
 )
 COMPANY_KINDS = ("Công ty TNHH", "Công ty CP", "Doanh nghiệp", "Hợp tác xã")
 SHOP_GOODS = {
