@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from sentence_vipyloqwen.index import VectorIndex
+from sentence_vipyloqwen.losses import PrefixRoutedLoss
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.tasks import TASKS
+from sentence_vipyloqwen.train.dataset import load_tasks
 
-__all__ = ["TASKS", "ViPyloQwen"]
+__all__ = ["TASKS", "PrefixRoutedLoss", "VectorIndex", "ViPyloQwen", "load_tasks"]

@@ -24,9 +24,7 @@ app = typer.Typer(
 index_app = typer.Typer(no_args_is_help=True, help="Build an index of texts, images and mixed items, or look at one.")
 app.add_typer(index_app, name="index")
 
-Device = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. The best at hand by default.")
-]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. The best at hand by default.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a finished model.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one forward pass.")]
 
@@ -199,9 +197,7 @@ def search(
     model: Model,
     index: Annotated[Path, typer.Argument(help="Folder of the index.")],
     text: Annotated[str | None, typer.Option(help="Text of the query.")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image of the query; may be given up to five times.")
-    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image of the query; may be given up to five times.")] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Task of the query: ocr, vqa_single, ...")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write the results as a page with thumbnails.")] = None,

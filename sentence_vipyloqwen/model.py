@@ -145,8 +145,8 @@ class ViPyloQwen(SentenceTransformer):
 
     # Private seams, each held by a test that fails when Sentence Transformers moves it.
     #
-    # Where batches are formed: `encode` sorts its inputs there. Parsed before, a bad one is named by the place the caller
-    # gave it, and none is looked at twice.
+    # Where batches are formed: `encode` sorts its inputs there. Parsed before, a bad one is named by the place that the
+    # caller gave it.
     def _inference(self, inputs: list[Any], *, prompt: str | None = None, **kwargs: Any) -> Any:
         return super()._inference(parse_inputs(inputs, prompt), prompt=None, **kwargs)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vipyloqwen-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable

@@ -22,8 +22,8 @@ def test_only_a_text_pair_bears_its_prefix_on_both_sides() -> None:
 
 
 def test_prompts_are_named_as_the_tasks() -> None:
-    assert PROMPTS == {name: f"<{name}> " for name in TASKS}
-    assert TASK_TOKENS == tuple(f"<{name}>" for name in TASKS)
+    assert {name: f"<{name}> " for name in TASKS} == PROMPTS
+    assert tuple(f"<{name}>" for name in TASKS) == TASK_TOKENS
 
 
 @pytest.mark.parametrize(

@@ -136,10 +136,15 @@ def _draw_weights(model: Qwen2VLForConditionalGeneration) -> None:
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             fan_in = module.weight[0].numel()
             module.weight.normal_(std=1 / math.sqrt(fan_in))
-    _centre_half(model.model.visual.patch_embed.proj.weight)
+    _centre(model.model.visual.patch_embed.proj.weight)
     model.get_input_embeddings().weight.normal_(std=EMBEDDING_STD)  # last: the language-modelling head is tied to it
 
 
-def _centre_half(filters: torch.Tensor) -> None:
-    """Take the mean out of every second patch filter, so that paper white does not drown the strokes on it."""
-    filters[::2] -= filters[::2].flatten(1).mean(dim=1)[:, None, None, None, None]
+def _centre(filters: torch.Tensor) -> None:
+    """Take each channel's mean out of the patch filters, so that paper white does not drown the strokes on it.
+
+    Every eighth filter keeps it: flat colours are seen by those.
+    """
+    flat = filters[::8].clone()
+    filters -= filters.mean(dim=(2, 3, 4), keepdim=True)
+    filters[::8] = flat

@@ -180,6 +180,7 @@ class Qwen2VLTransformer(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write weights (safetensors), tokenizer, image processor, chat template and module configuration."""
         self.model.save_pretrained(output_path)
+        self.model.config.save_pretrained(output_path)  # stock finds the processor by it, beside a LoRA adapter too
         self.tokenizer.save_pretrained(output_path)
         self.image_processor.save_pretrained(output_path)
         self.save_config(output_path)

@@ -39,6 +39,9 @@ class Recipe:
         batch_size: Rows of a batch on each device.
         accumulation: Batches added up for each optimiser step.
         learning_rate: Peak learning rate of AdamW.
+        learning_rates: Regular expression -> peak learning rate of the parameters whose names it finds, in place of
+            ``learning_rate``, e.g. ``{"visual": 1e-5}``.
+        adam_beta2: Decay of AdamW's second moment.
         schedule: Learning-rate schedule after the warm-up, by transformers' name.
         warmup_ratio: Share of the steps in which the rate rises to its peak.
         weight_decay: Of AdamW.
@@ -77,6 +80,8 @@ class Recipe:
     batch_size: int = 24
     accumulation: int = 1
     learning_rate: float = 1e-4
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    adam_beta2: float = 0.999
     schedule: str = "cosine"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.001

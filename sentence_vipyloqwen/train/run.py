@@ -125,6 +125,8 @@ def _training_arguments(recipe: Recipe, output: Path, device: str | None) -> Sen
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
+        learning_rate_mapping=dict(recipe.learning_rates),
+        adam_beta2=recipe.adam_beta2,
         lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup_ratio,
         weight_decay=recipe.weight_decay,
@@ -153,7 +155,9 @@ def _find_checkpoint(recipe: Recipe, output: Path) -> str | None:
     if checkpoint is None:
         return None
     if not recipe.resume:
-        raise ValueError(f"{output} holds the checkpoints of an earlier run: resume it or choose another output folder.")
+        raise ValueError(
+            f"{output} holds the checkpoints of an earlier run: resume it or choose another output folder."
+        )
     earlier, now = yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8")), yaml.safe_load(recipe.to_yaml())
     if changed := sorted(key for key in now if now[key] != earlier.get(key) and key not in _MAY_DIFFER_ON_RESUME):
         changes = ", ".join(f"{key}: {earlier.get(key)!r} -> {now[key]!r}" for key in changed)

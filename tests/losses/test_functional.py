@@ -56,7 +56,11 @@ def test_equal_content_is_never_a_negative() -> None:
     mask, _ = L.negatives_mask(tasks, anchors, positives, anchors.new_empty(5, 0), same_task=True)
     expected = torch.ones(5, 5, dtype=torch.bool)
     expected.fill_diagonal_(False)
-    for left, right in ((0, 1), (1, 2), (2, 3)):  # equal anchors; equal positives; anchor of one = positive of the other
+    for left, right in (
+        (0, 1),
+        (1, 2),
+        (2, 3),
+    ):  # equal anchors; equal positives; anchor of one = positive of the other
         expected[left, right] = expected[right, left] = False
     assert torch.equal(mask, expected)
 

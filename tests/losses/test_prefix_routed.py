@@ -63,7 +63,9 @@ def test_equal_embeddings_have_the_loss_of_chance(loss: PrefixRoutedLoss) -> Non
 def test_the_routed_sum_of_a_mixed_batch(loss: PrefixRoutedLoss) -> None:
     """One row of each task has no negatives of its task: InfoNCE and triplet are 0, MSE and cosine remain."""
     anchors, positives = plane(0, 0, 0, 0, 0, 0), plane(60, 90, 0, 0, 0, 0)
-    terms = loss.compute_loss_from_embeddings([anchors, positives], rows_of(list(ALL_TASKS), scores=[0.5] + [math.nan] * 5))
+    terms = loss.compute_loss_from_embeddings(
+        [anchors, positives], rows_of(list(ALL_TASKS), scores=[0.5] + [math.nan] * 5)
+    )
     assert terms["text_pair/score_mse"].item() == pytest.approx(0.25**2 / 6)
     assert terms["instr/cosine"].item() == pytest.approx(1 / 6)
     assert total(terms).item() == pytest.approx((0.25**2 + 1) / 6)
@@ -72,7 +74,11 @@ def test_the_routed_sum_of_a_mixed_batch(loss: PrefixRoutedLoss) -> None:
 def test_the_explicit_negative_makes_the_triplet_and_the_hardest_of_several(loss: PrefixRoutedLoss) -> None:
     anchors, positives = plane(0, 180), plane(60, 120)
     easy, hard = plane(90, 90), plane(45, 135)
-    for negatives, cosine in (([easy], 0.0), ([easy, hard], math.cos(math.pi / 4)), ([hard, easy], math.cos(math.pi / 4))):
+    for negatives, cosine in (
+        ([easy], 0.0),
+        ([easy, hard], math.cos(math.pi / 4)),
+        ([hard, easy], math.cos(math.pi / 4)),
+    ):
         rows = rows_of(["ocr"] * 2, len(negatives))
         terms = loss.compute_loss_from_embeddings([anchors, positives, *negatives], rows)
         assert terms["ocr/triplet"].item() == pytest.approx(max(0, 0.2 - 0.5 + cosine))
@@ -128,7 +134,9 @@ def test_a_false_negative_has_no_pull(loss: PrefixRoutedLoss) -> None:
 
 def test_the_options(model: ViPyloQwen) -> None:
     same, rows = torch.ones(2, 3), rows_of(["ocr", "instr"])
-    assert total(PrefixRoutedLoss(model).compute_loss_from_embeddings([same, same], rows)).item() == pytest.approx(0, abs=1e-6)
+    assert total(PrefixRoutedLoss(model).compute_loss_from_embeddings([same, same], rows)).item() == pytest.approx(
+        0, abs=1e-6
+    )
     every = PrefixRoutedLoss(model, negatives="all").compute_loss_from_embeddings([same, same], rows)
     assert total(every).item() == pytest.approx(math.log(2) + 0.2 / 2)
 

@@ -110,7 +110,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path, picture: Picture) -> None:
             open_image(path)
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch, picture: Picture) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, picture: Picture
+) -> None:
     monkeypatch.setattr(images, "MAX_SOURCE_PIXELS", 100)
     with pytest.raises(ValueError, match="has 110 pixels; at most 100 are allowed"):
         open_image(picture(10, 11))

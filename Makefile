@@ -1,0 +1,27 @@
+# Every target sets up what it needs in .venv; nothing else has to be installed but Python >= 3.10 with venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OUTPUT ?= demo-output
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed  ## The whole job on a tiny model, about 15 minutes on two cores
+	$(BIN)/vipyloqwen demo $(OUTPUT)
+
+test: .venv/installed check  ## Style and every test
+	$(BIN)/python -m pytest -n auto
+
+check: .venv/installed  ## Style: ruff's lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed  ## Ratios against stock sentence-transformers
+	$(BIN)/python benchmarks/encode_vs_stock.py
+
+clean:
+	rm -rf .venv build dist *.egg-info $(OUTPUT)
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sentence_vipyloqwen.demo import run
+from sentence_vipyloqwen.demo.data import DemoSizes
+from sentence_vipyloqwen.index import VectorIndex
+from sentence_vipyloqwen.model import ViPyloQwen
+
+SMALL = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "embedding_dim": 16}
+
+
+def test_the_whole_job_on_a_small_scale(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=120)
+    result = run.run_demo(tmp_path, sizes=DemoSizes().scaled(0.01), overrides=SMALL, console=console)
+    told = screen.getvalue()
+    for step in ("Data", "Base", "Training", "plain SentenceTransformer", "Index and search", "before", "after"):
+        assert step in told
+
+    metrics = json.loads(result.metrics_path.read_text(encoding="utf-8"))
+    assert metrics["stock_agreement"]["cosine"] > 0.9999
+    assert metrics["stock_agreement"]["norm_error"] < 1e-4
+    assert set(metrics["before"]["tasks"]) == set(metrics["after"]["tasks"])
+    assert metrics["ocr_lines"]["tasks"]["ocr"]["queries"] > 0
+
+    page = result.page_path.read_text(encoding="utf-8")
+    assert page.count("<section") >= 8  # a text, an image, both, and questions of each domain under a prefix
+    assert "data:image/" in page
+    index = VectorIndex.load(tmp_path / "index", ViPyloQwen(result.model_path, device="cpu"))
+    kinds = {item["metadata"]["kind"] for item in index.items}
+    assert {"picture", "line", "text", "answer"} <= kinds
+    assert "sentence-transformers" in (result.model_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_vectors_that_disagree_stop_the_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.compare_with_stock(folder, [{"text": "a"}, {"text": "<ocr> b"}])["cosine"] > 0.9999
+    monkeypatch.setattr(run, "COSINE_FLOOR", 1.1)
+    with pytest.raises(RuntimeError, match="gives other vectors: cosine"):
+        run.compare_with_stock(folder, [{"text": "a"}])

@@ -1,0 +1,165 @@
+"""A whole run through the stock trainer: what it leaves behind, checkpoints, and going on after an end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen, load_tasks
+from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
+from sentence_vipyloqwen.train.run import train
+
+Picture = Callable[..., Image.Image]
+
+
+@pytest.fixture
+def data(tmp_path: Path, picture: Picture) -> Path:
+    """Records of every task: with and without images, negatives, scores, and several turns."""
+    for seed in range(4):
+        picture(56, 56, seed=seed).save(tmp_path / f"{seed}.png")
+    records: list[dict[str, Any]] = []
+    for i in range(4):
+        image = [f"{i}.png"]
+        records += [
+            {"task": "ocr", "anchor": {"image": image, "text": "Số tiền?"}, "positive": f"{i}.000 đ"},
+            {"task": "ocr", "anchor": {"image": image, "text": "Ngày?"}, "positive": f"ngày {i}", "negative": f"{i}"},
+            {"task": "vqa_single", "anchor": {"image": image, "text": "what?"}, "positive": "red" if i % 2 else "blue"},
+            {
+                "task": "vqa_multi",
+                "anchor": {"image": [*image, "0.png"], "text": ["a?", "b", "c?"]},
+                "positive": f"c{i}",
+            },
+            {"task": "text_pair", "anchor": f"câu {i}", "positive": f"sentence {i}", "score": i / 4},
+            {"task": "instr", "anchor": f"Dịch: {i}", "positive": f"translated {i}", "lang": "vi"},
+            {"anchor": {"image": image}, "positive": f"một hình {i}", "domain": "caption"},
+        ]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(base: Path, data: Path) -> Callable[..., Recipe]:
+    def make(**settings: Any) -> Recipe:
+        given = {"base": str(base), "train": str(data / "train.jsonl"), "output": str(data / "run")}
+        small = {"embedding_dim": 16, "batch_size": 2, "max_steps": 6, "logging_steps": 2, "learning_rate": 1e-3}
+        return load_recipe("tiny.yaml", {**given, **small, **settings})
+
+    return make
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return ViPyloQwen(path, device="cpu").state_dict()
+
+
+def test_a_run_leaves_model_log_metrics_and_recipe(recipe: Callable[..., Recipe], data: Path) -> None:
+    result = train(recipe(eval=str(data / "train.jsonl"), eval_steps=3, save_steps=3), device="cpu")
+    output = data / "run"
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    losses = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [2, 4, 6]
+    for entry in losses:
+        terms = [value for name, value in entry.items() if "/" in name]
+        assert len(terms) == 11
+        assert sum(terms) == pytest.approx(entry["loss"], abs=2e-3)
+    assert [entry["step"] for entry in log if "eval_tasks_mean" in entry] == [3, 6]
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics) == {"before", "after"}
+    assert set(metrics["after"]["tasks"]) == {"ocr", "vqa_single", "vqa_multi", "text_pair", "instr", "general"}
+    assert load_recipe(output / "recipe.yaml").max_steps == 6
+    assert result.model_path == output / "model"
+    assert (result.model_path / "README.md").exists()
+
+
+def test_training_changes_every_part_of_the_model(recipe: Callable[..., Recipe], base: Path) -> None:
+    before = ViPyloQwen.create(base, 16, seed=42, device="cpu").state_dict()
+    after = train(recipe(), device="cpu").model.state_dict()
+    for part in ("visual", "language_model", "linear"):
+        changed = [name for name in before if part in name and not torch.equal(before[name], after[name])]
+        assert changed, part
+
+
+def test_a_learning_rate_of_its_own(recipe: Callable[..., Recipe], base: Path) -> None:
+    before = ViPyloQwen.create(base, 16, seed=42, device="cpu").state_dict()
+    after = train(recipe(learning_rates={"visual": 0.0}), device="cpu").model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if "visual" in name)
+    assert not torch.equal(before["2.linear.weight"], after["2.linear.weight"])
+
+
+def test_a_checkpoint_of_the_trainer_is_a_portable_folder(
+    recipe: Callable[..., Recipe], data: Path, picture: Picture
+) -> None:
+    model = train(recipe(save_steps=6), device="cpu").model
+    checkpoint = data / "run" / "checkpoints" / "checkpoint-6"
+    assert {entry["type"].split(".")[0] for entry in json.loads((checkpoint / "modules.json").read_text())} == {
+        "sentence_transformers"
+    }
+    inputs = ["a", {"image": picture(), "text": "<ocr> b"}, {"image": [picture(), picture(seed=1)], "text": "c"}]
+    expected = model.encode(inputs)
+    np.testing.assert_allclose(ViPyloQwen(checkpoint, device="cpu").encode(inputs), expected, atol=1e-6)
+    stock = SentenceTransformer(str(checkpoint), device="cpu").encode(inputs)
+    assert (stock * expected).sum(1).min() > 0.9999
+    np.testing.assert_allclose(np.linalg.norm(stock, axis=1), 1, atol=1e-5)
+
+
+def test_a_run_that_ended_early_goes_on(
+    recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the checkpoint of step 3, the run ends with the weights of one that was left alone."""
+    whole = weights(train(recipe(save_steps=3, output=str(data / "whole")), device="cpu").model_path)
+
+    step = SentenceTransformerTrainer.training_step
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SentenceTransformerTrainer, "training_step", killed)
+        train(recipe(save_steps=3), device="cpu")
+    resumed = weights(train(recipe(save_steps=3), device="cpu").model_path)
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_a_folder_of_another_run_is_not_mixed_up(recipe: Callable[..., Recipe], data: Path) -> None:
+    train(recipe(save_steps=3), device="cpu")
+    with pytest.raises(ValueError, match="run of other settings .*seed: 42 -> 7"):
+        train(recipe(save_steps=3, seed=7), device="cpu")
+    with pytest.raises(ValueError, match="holds the checkpoints of an earlier run"):
+        train(recipe(save_steps=3, resume=False), device="cpu")
+
+
+def test_a_finished_model_is_trained_on(recipe: Callable[..., Recipe], folder: Path) -> None:
+    result = train(recipe(base=str(folder), max_steps=1, matryoshka_dims=[32, 16]), device="cpu")
+    assert result.model.get_embedding_dimension() == 32
+
+
+@pytest.mark.parametrize("kind", [ViPyloQwen, SentenceTransformer])
+def test_the_stock_trainer_trains_either_model(kind: type, folder: Path, data: Path) -> None:
+    """Section 6 of the design: the stock trainer, the loss, the data; nothing else."""
+    model = kind(str(folder), device="cpu")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(data / "out"),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    dataset = load_tasks(data / "train.jsonl", cache_dir=data / "cache")
+    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=dataset, loss=PrefixRoutedLoss(model))
+    trainer.train()
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
