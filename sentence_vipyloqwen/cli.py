@@ -32,7 +32,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one forward pass.
 def main() -> None:
     """Run the command line; what the user can mend is told in a line, not in a traceback."""
     try:
-        app()
+        app(prog_name="vipyloqwen")
     except (ValueError, OSError, ImportError) as error:
         Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(1)
@@ -54,9 +54,7 @@ def _options(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder for data, model, index and pages.")] = Path("demo-output"),
-    minutes: Annotated[
-        float, typer.Option(min=0.05, help="Time for training; 9 reaches the figures of the README.")
-    ] = 9,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer end sooner and learn less.")] = None,
 ) -> None:
     """Do the whole job on a tiny model: create, train, evaluate, save, load, index, search.
 
@@ -64,7 +62,7 @@ def demo(
     """
     from sentence_vipyloqwen.demo.run import run_demo
 
-    run_demo(output, minutes=minutes, console=_screen())
+    run_demo(output, overrides={"max_steps": steps} if steps else None, console=_screen())
 
 
 @app.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from sentence_transformers.util import fullname, load_file_path
 from torch import nn
@@ -19,6 +19,7 @@ from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MAX_SEQ_LENGTH, MIN
 from sentence_vipyloqwen.tasks import PROMPTS
 
 EMBEDDING_DIM = 1024
+CARD_TAGS = ["multimodal", "qwen2_vl", "vipyloqwen"]
 IMAGE_LENGTH = 1000
 """What an image counts for, in characters, where inputs are sorted by length to batch like with like."""
 
@@ -59,6 +60,8 @@ class ViPyloQwen(SentenceTransformer):
         if kwargs.get("trust_remote_code"):
             raise ValueError("ViPyloQwen never runs code from a model folder: trust_remote_code=True is not allowed.")
         path = str(model_name_or_path) if model_name_or_path is not None else None
+        if kwargs.get("model_card_data") is None:  # examples drawn from the data would be paths of images
+            kwargs["model_card_data"] = SentenceTransformerModelCardData(tags=CARD_TAGS, generate_widget_examples=False)
         super().__init__(path, **kwargs)
 
     @classmethod

@@ -240,7 +240,8 @@ sys.modules["torchvision"] = None  # makes `import torchvision` fail
 from PIL import Image
 from sentence_vipyloqwen import ViPyloQwen
 model = ViPyloQwen(sys.argv[1], device="cpu")
-vectors = model.encode(["xin chào", Image.new("RGB", (60, 60), "red"), {"text": "<ocr> a", "image": Image.new("L", (9, 9))}])
+inputs = ["xin chào", Image.new("RGB", (60, 60), "red"), {"text": "<ocr> a", "image": Image.new("L", (9, 9))}]
+vectors = model.encode(inputs)
 assert vectors.shape == (3, 32), vectors.shape
 """
 

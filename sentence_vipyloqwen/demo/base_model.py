@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
@@ -30,12 +31,15 @@ QWEN_SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 HEAD_DIM = 32
-EMBEDDING_STD = 0.5
+EMBEDDING_STD = 1.0
+VISION_STD = 1.5
+"""Spread of text and vision tokens as the language model gets them: a picture must be heard beside the prefix."""
 
 
 def make_tiny_base(
     folder: str | Path,
     texts: Iterable[str],
+    images: Sequence[Image.Image] = (),
     *,
     vocab_size: int = 2048,
     hidden_size: int = 192,
@@ -55,6 +59,9 @@ def make_tiny_base(
     Args:
         folder: Where the checkpoint goes.
         texts: Corpus of the tokenizer.
+        images: A sample of the pictures to come. The vision tower's output is centred and scaled on them (as in LSUV,
+            Mishkin & Matas 2016, https://arxiv.org/abs/1511.06422): what all pictures share, such as paper white, would
+            otherwise make all of them look alike.
         vocab_size: Most entries of the vocabulary, special tokens not counted.
         hidden_size: Width of the language model, a multiple of 32.
         layers: Layers of the language model.
@@ -73,9 +80,11 @@ def make_tiny_base(
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(config)
         _draw_weights(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(min_pixels=min_pixels, max_pixels=max_pixels).save_pretrained(folder)
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=min_pixels, max_pixels=max_pixels)
+    if images:
+        _centre_vision(model.model.visual, **image_processor(images=list(images), return_tensors="pt"))
+    for part in (model, tokenizer, image_processor):
+        part.save_pretrained(folder)
     return Path(folder)
 
 
@@ -148,3 +157,13 @@ def _centre(filters: torch.Tensor) -> None:
     flat = filters[::8].clone()
     filters -= filters.mean(dim=(2, 3, 4), keepdim=True)
     filters[::8] = flat
+
+
+@torch.no_grad()
+def _centre_vision(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> None:
+    tokens = visual(pixel_values, grid_thw=image_grid_thw).pooler_output  # (merged patches, hidden)
+    mean = tokens.mean(dim=0)
+    scale = VISION_STD / (tokens - mean).std()
+    last = visual.merger.mlp[-1]
+    last.weight.mul_(scale)
+    last.bias.copy_((last.bias - mean) * scale)

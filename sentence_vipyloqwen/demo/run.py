@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
@@ -18,6 +20,7 @@ from sentence_vipyloqwen.demo.base_model import make_tiny_base
 from sentence_vipyloqwen.demo.data import DemoData, DemoSizes, build_demo_data
 from sentence_vipyloqwen.index import SearchResult, VectorIndex, write_report
 from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.tasks import split_prefix
 from sentence_vipyloqwen.train.evaluation import Evaluation, evaluate
 from sentence_vipyloqwen.train.recipe import load_recipe
@@ -156,8 +159,13 @@ def _make_data(output: Path, sizes: DemoSizes, seed: int) -> DemoData:
 
 def _make_base(folder: Path, train_file: Path, seed: int) -> Path:
     if not (folder / "model.safetensors").exists():
-        make_tiny_base(folder, _texts(train_file), vocab_size=VOCABULARY, seed=seed)
+        make_tiny_base(folder, _texts(train_file), _images(train_file), vocab_size=VOCABULARY, seed=seed)
     return folder
+
+
+def _images(train_file: Path, every: int = 500) -> list[Image.Image]:
+    sides = (side for record in islice(read_records(train_file), 0, None, every) for side in record.sides)
+    return [open_image(image) for side in sides for image in side.images]
 
 
 def _texts(train_file: Path) -> Iterator[str]:

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
 
-from sentence_vipyloqwen.demo.base_model import EMBEDDING_STD, QWEN_SPECIAL_TOKENS, make_tiny_base, train_tokenizer
+from sentence_vipyloqwen.demo.base_model import (
+    EMBEDDING_STD,
+    QWEN_SPECIAL_TOKENS,
+    VISION_STD,
+    make_tiny_base,
+    train_tokenizer,
+)
 
 
 def test_the_base_is_an_ordinary_checkpoint(base: Path) -> None:
@@ -50,3 +58,13 @@ def test_a_seed_gives_the_same_base_and_leaves_the_random_state(tmp_path: Path) 
     assert torch.equal(state, torch.get_rng_state())
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_vision_tower_is_centred_on_a_sample(tmp_path: Path, picture: Callable[..., Image.Image]) -> None:
+    images = [picture(seed=seed) for seed in range(8)]
+    make_tiny_base(tmp_path, ["a b"] * 3, images, hidden_size=64, layers=1, vision_size=32, vision_layers=1)
+    model = Qwen2VLModel.from_pretrained(tmp_path)
+    features = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=images, return_tensors="pt")
+    tokens = model.visual(features["pixel_values"], grid_thw=features["image_grid_thw"]).pooler_output
+    assert tokens.mean(0).abs().max() < 1e-4
+    assert tokens.std().item() == pytest.approx(VISION_STD, rel=0.01)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sentence_vipyloqwen import cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line as the console script does; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["vipyloqwen", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["demo"], ["create"], ["validate"], ["train"], ["evaluate"], ["index"], ["index", "build"], ["search"]],
+)
+def test_help_tells_of_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert run(monkeypatch, *command, "--help") == 0
+    assert "Usage: vipyloqwen" in capsys.readouterr().out
+
+
+def test_an_error_is_a_line_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path
+) -> None:
+    for arguments, message in (
+        (["evaluate", base, "x.jsonl"], "has no modules.json"),
+        (["search", "m", "i"], "A query needs --text, --image, or both."),
+        (["train", "--set", "epochs"], "--set 'epochs': write it as KEY=VALUE"),
+        (["train", "--base", "b"], "The recipe lacks ['train', 'output']"),
+        (["train", "--recipe", tmp_path / "no.yaml"], "No recipe"),
+        (["validate", tmp_path / "no.jsonl"], "No such file"),
+    ):
+        assert run(monkeypatch, *arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+
+
+def test_validate_names_each_bad_line_and_writes_the_good_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    good = {"task": "instr", "anchor": "a", "positive": "b"}
+    lines = [json.dumps(good), "{", json.dumps({**good, "task": "translate"}), json.dumps({**good, "positive": "c"})]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    assert run(monkeypatch, "validate", file, "--write-good", tmp_path / "good.jsonl") == 1
+    told = capsys.readouterr().out
+    assert f"{file}:2: " in told.replace("\n", "")
+    assert f"{file}:3: " in told.replace("\n", "")
+    assert "2 good, 2 bad" in told
+    assert (tmp_path / "good.jsonl").read_text().splitlines() == [lines[0], lines[3]]
+    assert run(monkeypatch, "validate", tmp_path / "good.jsonl") == 0
+
+
+def test_an_index_is_built_looked_at_and_searched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text("\n".join(json.dumps({"id": text, "text": text}) for text in ("hóa đơn", "một hình tròn")))
+    assert run(monkeypatch, "index", "build", folder, items, tmp_path / "index", "--device", "cpu") == 0
+    assert "Indexed 2 items" in capsys.readouterr().out
+    assert run(monkeypatch, "index", "info", tmp_path / "index") == 0
+    assert json.loads(capsys.readouterr().out)["count"] == 2
+    page = tmp_path / "page.html"
+    query = ["search", folder, tmp_path / "index", "--text", "hóa đơn", "-k", 1, "--html", page, "--device", "cpu"]
+    assert run(monkeypatch, *query) == 0
+    assert "hóa đơn" in capsys.readouterr().out
+    assert "hóa đơn" in page.read_text(encoding="utf-8")
+    assert run(monkeypatch, "index", "build", folder, items, tmp_path / "index", "--device", "cpu") == 1
