@@ -49,6 +49,7 @@ Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 _PROGRESS_EVERY = 100
+_PER_IMAGE = ("vqa_questions", "questions_per_page")
 _PNG_LEVEL = 2  # twice as fast as the default, for files of the same size
 
 
@@ -57,7 +58,8 @@ class SplitSizes:
     """How much of everything one split holds.
 
     Attributes:
-        vqa_images: Images of easy-vqa, each with all its questions; it has 4,000 to train on and 1,000 to test on.
+        vqa_images: Images of easy-vqa, which has 4,000 to train on and 1,000 to test on.
+        vqa_questions: Most questions asked of each of them; easy-vqa has 5 to 16.
         vqa_multi: Questions of several turns (half) or several images (half).
         captions: Captions of easy-vqa's images, in three languages each.
         lines: Rendered lines of text.
@@ -68,6 +70,7 @@ class SplitSizes:
     """
 
     vqa_images: int
+    vqa_questions: int
     vqa_multi: int
     captions: int
     lines: int
@@ -83,9 +86,9 @@ class SplitSizes:
                 raise ValueError(f"{name} = {value}: allowed is 1 or more")
 
     def scaled(self, factor: float) -> SplitSizes:
-        """These sizes times `factor`, at least 1; as many questions on each page as before."""
+        """These sizes times `factor`, at least 1; as many questions on each picture and page as before."""
         sizes = {name: max(1, round(value * factor)) for name, value in vars(self).items()}
-        return SplitSizes(**{**sizes, "questions_per_page": self.questions_per_page})
+        return SplitSizes(**{**sizes, **{name: getattr(self, name) for name in _PER_IMAGE}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +103,18 @@ class DemoSizes:
 
     train: SplitSizes = SplitSizes(
         vqa_images=4000,
+        vqa_questions=6,
         vqa_multi=4000,
         captions=3000,
-        lines=10_000,
-        pages=500,
+        lines=20_000,
+        pages=300,
         questions_per_page=2,
-        text_pairs=6000,
-        instructions=4000,
+        text_pairs=5000,
+        instructions=3000,
     )
     eval: SplitSizes = SplitSizes(
         vqa_images=1000,
+        vqa_questions=100,
         vqa_multi=1000,
         captions=600,
         lines=200,
@@ -259,9 +264,9 @@ def _records(split: _Split, sizes: SplitSizes) -> list[Record]:
     """All records of a split, by task, with their ids."""
     rng, asked = split.rng("questions"), sizes.questions_per_page
     records = [
-        *easy_vqa.single_records(split.pictures, split.rng("vqa_single")),
+        *easy_vqa.single_records(split.pictures, sizes.vqa_questions, split.rng("vqa_single")),
         *easy_vqa.multi_records(split.pictures, sizes.vqa_multi, split.rng("vqa_multi")),
-        *(documents.line_record(line, image, rng) for image, line in split.lines.items()),
+        *(documents.line_record(line, image) for image, line in split.lines.items()),
         *(
             record
             for image, page in split.pages.items()

@@ -41,6 +41,7 @@ class Recipe:
         learning_rate: Peak learning rate of AdamW.
         learning_rates: Regular expression -> peak learning rate of the parameters whose names it finds, in place of
             ``learning_rate``, e.g. ``{"visual": 1e-5}``.
+        frozen: Regular expressions; parameters whose names one of them finds are not trained, e.g. ``["visual"]``.
         adam_beta2: Decay of AdamW's second moment.
         schedule: Learning-rate schedule after the warm-up, by transformers' name.
         warmup_ratio: Share of the steps in which the rate rises to its peak.
@@ -81,6 +82,7 @@ class Recipe:
     accumulation: int = 1
     learning_rate: float = 1e-4
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
     adam_beta2: float = 0.999
     schedule: str = "cosine"
     warmup_ratio: float = 0.05

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     dataset = load_tasks(recipe.train)
     evaluator = TasksEvaluator(recipe.eval) if recipe.eval else None
     model = _make_model(recipe, device)
+    freeze(model, recipe.frozen)
     # 2. What the untrained model can do.
     before = evaluate(model, evaluator.records) if evaluator and not checkpoint else None
     # 3. The stock trainer.
@@ -102,6 +105,20 @@ def _make_model(recipe: Recipe, device: str | None) -> ViPyloQwen:
         seed=recipe.seed,
         device=device,
     )
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Stop the training of the parameters whose names a regular expression finds.
+
+    Raises:
+        ValueError: If one of them finds none.
+    """
+    for pattern in patterns:
+        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not found:
+            raise ValueError(f"Setting frozen: no parameter of the model has {pattern!r} in its name.")
+        for parameter in found:
+            parameter.requires_grad_(False)
 
 
 def _make_loss(recipe: Recipe, model: ViPyloQwen) -> nn.Module:

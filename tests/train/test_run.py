@@ -93,6 +93,16 @@ def test_a_learning_rate_of_its_own(recipe: Callable[..., Recipe], base: Path) -
     assert not torch.equal(before["2.linear.weight"], after["2.linear.weight"])
 
 
+def test_frozen_parameters_stay_as_they_are(recipe: Callable[..., Recipe], base: Path) -> None:
+    before = ViPyloQwen.create(base, 16, seed=42, device="cpu").state_dict()
+    after = train(recipe(frozen=["visual.(blocks|patch_embed)"]), device="cpu").model.state_dict()
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if "visual.blocks" in name or "patch_embed" in name} <= still
+    assert not any("language_model.layers" in name or "merger" in name for name in still)
+    with pytest.raises(ValueError, match="no parameter of the model has 'vision_tower' in its name"):
+        train(recipe(frozen="vision_tower"), device="cpu")
+
+
 def test_a_checkpoint_of_the_trainer_is_a_portable_folder(
     recipe: Callable[..., Recipe], data: Path, picture: Picture
 ) -> None:

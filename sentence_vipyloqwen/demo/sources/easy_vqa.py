@@ -148,8 +148,8 @@ def same_kind(answer: str, rng: random.Random) -> str:
     return rng.choice([other for other in kind if other != answer])
 
 
-def single_records(pictures: Sequence[Picture], rng: random.Random) -> list[Record]:
-    """Every question of every picture, as the package asks it: task `vqa_single`."""
+def single_records(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Record]:
+    """Up to `most` questions of every picture, as the package asks them: task `vqa_single`."""
     return [
         {
             "task": "vqa_single",
@@ -160,7 +160,7 @@ def single_records(pictures: Sequence[Picture], rng: random.Random) -> list[Reco
             "domain": "easy-vqa",
         }
         for picture in pictures
-        for question, answer in picture.questions
+        for question, answer in rng.sample(picture.questions, min(most, len(picture.questions)))
     ]
 
 

@@ -28,7 +28,7 @@ def pictures() -> list[easy_vqa.Picture]:
 
 
 def test_every_official_test_question_is_asked_once(pictures: list[easy_vqa.Picture]) -> None:
-    records = easy_vqa.single_records(pictures, random.Random(0))
+    records = easy_vqa.single_records(pictures, 100, random.Random(0))
     asked = [(r["anchor"]["text"], r["positive"], r["anchor"]["image"][0].split("/")[-1]) for r in records]
     official = [(q, a, f"{number}.png") for q, a, number in zip(*package.get_test_questions(), strict=True)]
     assert sorted(asked) == sorted(official) and len(asked) == 9673
@@ -55,7 +55,7 @@ def test_colours_read_off_the_questions_are_those_of_the_pixels(pictures: list[e
 
 def test_a_negative_is_another_answer_of_the_same_kind(pictures: list[easy_vqa.Picture]) -> None:
     kinds = (easy_vqa.SHAPES, easy_vqa.COLORS, easy_vqa.TRUTHS)
-    for record in easy_vqa.single_records(pictures[:50], random.Random(0)):
+    for record in easy_vqa.single_records(pictures[:50], 100, random.Random(0)):
         assert record["negative"] != record["positive"]
         assert any({record["negative"], record["positive"]} <= kind.keys() for kind in kinds)
 
