@@ -35,9 +35,10 @@ index = faiss.IndexFlatIP(vectors.shape[1])
 index.add(vectors)
 faiss.write_index(index, str(output / "vectors.faiss"))
 
-# 2. Embed the queries, of any kind, and search. Some with a prompt are encoded apart: a prompt serves a whole call.
-queries = ["thủ đô", Image.new("RGB", (84, 84), "red")]
-scores, rows = faiss.read_index(str(output / "vectors.faiss")).search(model.encode(queries), 3)  # (2, 3) each
+# 2. Embed the queries, of any kind, and search. A prompt serves a whole call: `encode(..., prompt_name="ocr")`.
+queries = {"thủ đô": "thủ đô", "a red picture": Image.new("RGB", (84, 84), "red")}
+embedded = model.encode(list(queries.values()))  # (2, dim)
+scores, rows = faiss.read_index(str(output / "vectors.faiss")).search(embedded, 3)  # (2, 3) each
 for query, query_scores, query_rows in zip(queries, scores, rows, strict=True):
     print(query)
     for score, row in zip(query_scores, query_rows, strict=True):

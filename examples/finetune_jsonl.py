@@ -23,7 +23,7 @@ output.mkdir(parents=True, exist_ok=True)
 # 1. Records, one JSON object a line. Image paths are relative to the file; the task selects prefix and losses.
 records = [
     {"task": "text_pair", "anchor": "một con mèo đen", "positive": "a black cat", "score": 0.95},
-    {"task": "text_pair", "anchor": "một con mèo đen", "positive": "a white dog", "score": 0.4},
+    {"task": "text_pair", "anchor": "trời đang mưa", "positive": "it is a sunny day", "score": 0.4},
     {"task": "instr", "anchor": "Dịch sang tiếng Anh: cảm ơn", "positive": "thank you"},
     {"task": "instr", "anchor": {"text": ["Thủ đô của Việt Nam?", "Hà Nội.", "Của Pháp?"]}, "positive": "Paris"},
 ]

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -263,3 +265,25 @@ def test_what_the_package_does_without(folder: Path, script: str) -> None:
 def test_a_model_can_be_sent_to_another_process(model: ViPyloQwen) -> None:
     copy = pickle.loads(pickle.dumps(model))
     np.testing.assert_allclose(copy.encode("a"), model.encode("a"), atol=1e-6)
+
+
+def test_what_is_pushed_to_the_hub_is_the_portable_folder(
+    model: ViPyloQwen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The Hub's client is replaced by one that keeps the folder it is handed."""
+    uploaded = tmp_path / "hub"
+
+    def keep(self: HfApi, *, folder_path: str, **kwargs: Any) -> SimpleNamespace:
+        shutil.copytree(folder_path, uploaded)
+        return SimpleNamespace(commit_url="https://example.com/commit")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", keep)
+    model.push_to_hub("someone/a-model", replace_model_card=True)
+
+    assert "sentence_vipyloqwen" not in (uploaded / "modules.json").read_text()
+    np.testing.assert_allclose(ViPyloQwen(uploaded, device="cpu").encode("a"), model.encode("a"), atol=1e-6)
+    assert (SentenceTransformer(str(uploaded), device="cpu").encode("a") * model.encode("a")).sum() > 0.9999
+    card = (uploaded / "README.md").read_text(encoding="utf-8")
+    assert "someone/a-model" in card
+    assert "vipyloqwen" in card

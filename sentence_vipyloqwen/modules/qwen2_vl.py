@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import InputModule
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
+from transformers.utils import PROCESSOR_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sentence_vipyloqwen.extras import require
@@ -180,9 +183,10 @@ class Qwen2VLTransformer(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write weights (safetensors), tokenizer, image processor, chat template and module configuration."""
         self.model.save_pretrained(output_path)
-        self.model.config.save_pretrained(output_path)  # stock finds the processor by it, beside a LoRA adapter too
         self.tokenizer.save_pretrained(output_path)
         self.image_processor.save_pretrained(output_path)
+        # By this the stock path finds the processor even beside a LoRA adapter, where there is no config.json.
+        Path(output_path, PROCESSOR_NAME).write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
         self.save_config(output_path)
 
     @classmethod
