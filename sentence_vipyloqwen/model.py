@@ -19,7 +19,10 @@ from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MAX_SEQ_LENGTH, MIN
 from sentence_vipyloqwen.tasks import PROMPTS
 
 EMBEDDING_DIM = 1024
-CARD_TAGS = ["multimodal", "qwen2_vl", "vipyloqwen"]
+CARD_TAGS = ("multimodal", "qwen2_vl", "vipyloqwen")
+CARD_EXAMPLE = {"source_sentence": "hóa đơn tiền điện", "sentences": ["electricity bill", "a red circle", "电费账单"]}
+"""The model card's example; one drawn from the training data would publish its texts and paths."""
+
 IMAGE_LENGTH = 1000
 """What an image counts for, in characters, where inputs are sorted by length to batch like with like."""
 
@@ -60,9 +63,12 @@ class ViPyloQwen(SentenceTransformer):
         if kwargs.get("trust_remote_code"):
             raise ValueError("ViPyloQwen never runs code from a model folder: trust_remote_code=True is not allowed.")
         path = str(model_name_or_path) if model_name_or_path is not None else None
-        if kwargs.get("model_card_data") is None:  # examples drawn from the data would be paths of images
-            kwargs["model_card_data"] = SentenceTransformerModelCardData(tags=CARD_TAGS, generate_widget_examples=False)
+        if kwargs.get("model_card_data") is None:
+            kwargs["model_card_data"] = SentenceTransformerModelCardData(
+                tags=list(CARD_TAGS), generate_widget_examples=False
+            )
         super().__init__(path, **kwargs)
+        self.model_card_data.widget = self.model_card_data.widget or [dict(CARD_EXAMPLE)]
 
     @classmethod
     def create(

@@ -103,14 +103,14 @@ class DemoSizes:
 
     train: SplitSizes = SplitSizes(
         vqa_images=4000,
-        vqa_questions=6,
-        vqa_multi=4000,
-        captions=3000,
+        vqa_questions=7,
+        vqa_multi=3000,
+        captions=2000,
         lines=20_000,
-        pages=300,
+        pages=150,
         questions_per_page=2,
-        text_pairs=5000,
-        instructions=3000,
+        text_pairs=3000,
+        instructions=2500,
     )
     eval: SplitSizes = SplitSizes(
         vqa_images=1000,

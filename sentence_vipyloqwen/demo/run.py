@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
@@ -81,8 +82,9 @@ def run_demo(
     """
     output = Path(output)
     steps = _Steps(console or Console(quiet=True))
-    data = steps.run(
-        "Data: easy-vqa, CLDR names, rendered Vietnamese documents", lambda: _make_data(output, sizes, seed)
+    data: DemoData = steps.run(
+        "Data: easy-vqa, CLDR names, rendered Vietnamese documents",
+        lambda: _make_data(output, sizes, seed, steps.console),
     )
     base = steps.run("Base: a tiny random Qwen2-VL checkpoint", lambda: _make_base(output / "base", data.train, seed))
     settings = {
@@ -153,8 +155,16 @@ class _Steps:
         return result
 
 
-def _make_data(output: Path, sizes: DemoSizes, seed: int) -> DemoData:
-    return build_demo_data(output / "data", seed=seed, sizes=sizes)
+def _make_data(output: Path, sizes: DemoSizes, seed: int, console: Console) -> DemoData:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        rows: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in rows:
+                rows[what] = bar.add_task(what, total=total)
+            bar.update(rows[what], completed=done)
+
+        return build_demo_data(output / "data", seed=seed, sizes=sizes, progress=show)
 
 
 def _make_base(folder: Path, train_file: Path, seed: int) -> Path:

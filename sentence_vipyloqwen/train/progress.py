@@ -57,7 +57,9 @@ class TrainingProgress(TrainerCallback):
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if "loss" in logs:
-            self.bar.console.print(f"step {state.global_step:>6}/{state.max_steps}  {describe_losses(logs)}")
+            self.bar.console.print(
+                f"step {state.global_step:>6}/{state.max_steps}  {describe_losses(logs)}", soft_wrap=True
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

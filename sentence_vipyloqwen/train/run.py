@@ -65,6 +65,8 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     evaluator = TasksEvaluator(recipe.eval) if recipe.eval else None
     model = _make_model(recipe, device)
     freeze(model, recipe.frozen)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     # 2. What the untrained model can do.
     before = evaluate(model, evaluator.records) if evaluator and not checkpoint else None
     # 3. The stock trainer.
@@ -149,7 +151,6 @@ def _training_arguments(recipe: Recipe, output: Path, device: str | None) -> Sen
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
-        gradient_checkpointing=recipe.gradient_checkpointing,
         multi_dataset_batch_sampler=recipe.sampling,
         eval_strategy="steps" if recipe.eval and recipe.eval_steps else "no",
         eval_steps=recipe.eval_steps or None,

@@ -1,0 +1,188 @@
+"""What the READMEs say is so: their commands and Python blocks run as they stand, their tables are those of the code.
+
+Commands and blocks of README.md run in order, in one folder. It holds what `make demo` leaves, at a hundredth of its
+size: the demo's own data, and tiny models in place of the trained ones. README.vi.md has the same commands and blocks,
+comments apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sentence_vipyloqwen import VectorIndex, ViPyloQwen, cli
+from sentence_vipyloqwen.demo import run as demo
+from sentence_vipyloqwen.demo.data import DemoSizes, build_demo_data
+from sentence_vipyloqwen.index.items import ITEM_KEYS
+from sentence_vipyloqwen.tasks import ALL_TASKS, GENERAL, Task
+from sentence_vipyloqwen.train.recipe import shipped_recipes
+from sentence_vipyloqwen.train.records import parse_record
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.vi.md")
+QUICKER = {"max_steps=100": "max_steps=2"}
+"""What is written -> what runs here; everything else runs as it stands."""
+
+LANGUAGES = {"bash", "python", "json", "bibtex"}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its code, and the line of the file at which the code begins."""
+
+    language: str
+    code: str
+    line: int
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str) -> list[Block]:
+    text = read(name)
+    return [Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in BLOCK.finditer(text)]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The arguments of each command of a block, comments dropped, continued lines joined."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [arguments for line in lines if (arguments := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def after_the_demo(folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory as `make demo` leaves it, but small."""
+    monkeypatch.chdir(tmp_path)
+    output = Path("demo-output")
+    build_demo_data(output / "data", sizes=DemoSizes().scaled(0.01))
+    shutil.copytree(base, output / "base")
+    shutil.copytree(folder, output / "training" / "model")
+    VectorIndex.build(ViPyloQwen(folder, device="cpu"), output / "data" / "items.jsonl", output / "index")
+    return tmp_path
+
+
+def test_commands_and_blocks_run_in_order(after_the_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("README.md"):
+        if block.language == "bash":
+            for command in commands(block):
+                run_command(command, monkeypatch)
+        if block.language == "python":
+            lines = "\n" * (block.line - 1) + quicker(block.code)  # so that a traceback names the README's line
+            exec(compile(lines, "README.md", "exec"), names)
+    assert (names["ours"] * names["theirs"]).sum(axis=1) == pytest.approx(1, abs=1e-4)
+    assert len(names["index"]) > 0
+    assert "<section" in Path("runs/first/search.html").read_text(encoding="utf-8")
+    assert json.loads(Path("runs/first/lines.json").read_text(encoding="utf-8"))["tasks"]["ocr"]["queries"] > 0
+    assert Path("my-adapter/adapter_model.safetensors").is_file()
+
+
+def quicker(code: str) -> str:
+    for written, run in QUICKER.items():
+        code = code.replace(written, run)
+    return code
+
+
+def run_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of ours as the console script does; of `make` and `pip`, see that what they name exists."""
+    program, *arguments = command
+    if program == "make":
+        assert set(arguments) <= make_targets()
+    elif program == "pip":
+        assert arguments[0] == "install"
+        assert set(re.findall(r"[\w-]+", arguments[1])) <= extras()
+    else:
+        assert program == "vipyloqwen", f"no test for {program}"
+        monkeypatch.setattr(sys, "argv", [program, *map(quicker, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, shlex.join(command)
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE))
+
+
+def extras() -> set[str]:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    return set(setup["options.extras_require"])
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_block_is_of_a_kind_that_is_checked(name: str) -> None:
+    assert {block.language for block in blocks(name)} == LANGUAGES
+    assert read(name).count("```") == 2 * len(blocks(name))
+
+
+def test_the_translation_has_the_same_commands_and_blocks() -> None:
+    def plain(block: Block) -> Any:
+        if block.language == "bash":
+            return commands(block)
+        return ast.dump(ast.parse(block.code)) if block.language == "python" else block.code
+
+    assert [plain(block) for block in blocks("README.vi.md")] == [plain(block) for block in blocks("README.md")]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_json_blocks_are_records_and_items(name: str, tmp_path: Path) -> None:
+    records, items = (block.code.splitlines() for block in blocks(name) if block.language == "json")
+    assert [parse_record(line.encode(), str(tmp_path)).task.name for line in records] == [
+        "ocr",
+        "text_pair",
+        "instr",
+        "vqa_single",
+    ]
+    for line in items:
+        item = json.loads(line)
+        assert set(item) <= set(ITEM_KEYS)
+        assert item.keys() & {"text", "image"}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_table_of_tasks_is_that_of_the_code(name: str) -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in read(name).splitlines() if "|" in line]
+    shown = {row[0].strip("`"): row for row in rows if len(row) == 4 and row[0].strip("`") in ALL_TASKS}
+    assert list(shown) == list(ALL_TASKS)
+    for task in ALL_TASKS.values():
+        if task is not GENERAL:
+            assert shown[task.name][1] == f"`{task.token}`"
+        assert shown[task.name][3] == formula(task)
+
+
+def formula(task: Task) -> str:
+    terms = [f"`{term}`" if weight == 1 else f"{weight:g} `{term}`" for term, weight in task.weights.items()]
+    return " + ".join(terms) + (f" (margin {task.margin})" if task.margin is not None else "")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_extras_and_recipes_are_all_there(name: str) -> None:
+    text = read(name)
+    assert set(re.findall(r"^\| `([\w-]+)` \| [^|]+ \|$", text, re.MULTILINE)) >= extras()
+    assert set(re.findall(r"[\w-]+\.yaml", text)) == set(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_demo_leaves_what_is_listed(name: str) -> None:
+    text = read(name)
+    for left in (demo.PAGE_FILE, demo.METRICS_FILE, "training/model/", "base/", "data/", "index/"):
+        assert f"| `{left}` |" in text
+    assert text.count("<!-- figures:start -->") == text.count("<!-- figures:end -->") == 1
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)\)", read(name))
+    assert not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
