@@ -6,7 +6,7 @@ OUTPUT ?= demo-output
 .PHONY: demo test check bench clean
 
 demo: .venv/installed  ## The whole job on a tiny model, about 15 minutes on two cores
-	$(BIN)/vipyloqwen demo $(OUTPUT)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/vipyloqwen demo $(OUTPUT)
 
 test: .venv/installed check  ## Style and every test
 	$(BIN)/python -m pytest -n auto

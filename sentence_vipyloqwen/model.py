@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ class ViPyloQwen(SentenceTransformer):
         Raises:
             ValueError: If the base is of another architecture, or a finished model rather than a checkpoint.
         """
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim is {embedding_dim}; it must be at least 1.")
         if is_finished_model(str(base), hub_kwargs):
             raise ValueError(
                 f"{str(base)!r} is a finished model (it has modules.json): load it with ViPyloQwen({str(base)!r}). "
@@ -140,7 +143,39 @@ class ViPyloQwen(SentenceTransformer):
         """
         return self[0].preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
 
-    def save(self, path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Add a ``peft`` adapter, e.g. a ``LoraConfig``; the five task tokens are trained and saved with it.
+
+        An adapter's folder holds the adapter and names its base, so the base must be a saved model: that of a bare
+        checkpoint has no task tokens.
+
+        Args:
+            adapter_config: A ``peft`` configuration. ``trainable_token_indices`` is set to the task tokens where it is
+                not set.
+            adapter_name: Name of the adapter.
+
+        Raises:
+            ValueError: If this model was not loaded from a saved one.
+        """
+        source = self[0].model.config._name_or_path
+        if not is_finished_model(source):
+            raise ValueError(
+                f"An adapter would name {source!r} as its base, which has no task tokens: save this model with "
+                "save_pretrained, load it with ViPyloQwen, then add the adapter."
+            )
+        adapter_config = copy(adapter_config)
+        if getattr(adapter_config, "trainable_token_indices", self) is None:
+            adapter_config.trainable_token_indices = {"embed_tokens": list(self.task_token_ids.values())}
+        super().add_adapter(adapter_config, adapter_name=adapter_name)
+
+    def save(
+        self,
+        path: str,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
         """Save a portable folder: ``modules.json`` names Sentence Transformers' own classes only.
 
         Raises:
@@ -148,7 +183,7 @@ class ViPyloQwen(SentenceTransformer):
         """
         if not safe_serialization:
             raise ValueError("Only safetensors are saved: safe_serialization=False is not allowed.")
-        super().save(path, *args, safe_serialization=True, **kwargs)
+        super().save(path, model_name, create_model_card, train_datasets, safe_serialization)
         if path is not None:
             _name_stock_classes(Path(path) / "modules.json")
 

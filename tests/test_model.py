@@ -161,9 +161,16 @@ def test_the_dense_head_keeps_angles_where_they_fit(base: Path) -> None:
     torch.testing.assert_close(weight.T @ weight, torch.eye(64), atol=1e-5, rtol=0)
 
 
+def test_create_refuses_an_impossible_pixel_budget(base: Path) -> None:
+    with pytest.raises(ValueError, match="min_pixels is 5000 and max_pixels 4000; allowed is"):
+        ViPyloQwen.create(base, 16, min_pixels=5000, max_pixels=4000, device="cpu")
+
+
 def test_create_refuses_what_is_no_checkpoint_of_qwen2_vl(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a finished model .*load it with ViPyloQwen"):
         ViPyloQwen.create(folder)
+    with pytest.raises(ValueError, match="embedding_dim is 0"):
+        ViPyloQwen.create(folder, 0)
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a model of type 'bert'; allowed is 'qwen2_vl'"):
         ViPyloQwen.create(tmp_path)
@@ -183,6 +190,15 @@ def test_loading_never_runs_code_nor_unpickles(folder: Path, tmp_path: Path) -> 
         (path / file).rename((path / file).with_name("pytorch_model.bin"))
         with pytest.raises((ValueError, OSError), match="safetensors"):
             ViPyloQwen(path, device="cpu")
+    for options in (
+        {"processor_kwargs": {"trust_remote_code": True}},
+        {"config_kwargs": {"trust_remote_code": True}},
+        {"model_kwargs": {"use_safetensors": False}},
+    ):
+        with pytest.raises(ValueError, match="Code of a folder is never run, nor are pickled weights loaded"):
+            ViPyloQwen(folder, device="cpu", **options)
+    with pytest.raises(ValueError, match="backend is 'onnx'; allowed is 'torch'"):
+        ViPyloQwen(folder, device="cpu", backend="onnx")
     with pytest.raises(ValueError, match="Only safetensors are saved"):
         ViPyloQwen(folder, device="cpu").save_pretrained(str(tmp_path / "y"), safe_serialization=False)
 
@@ -216,8 +232,7 @@ def test_encode_names_the_callers_place_in_an_error(model: ViPyloQwen) -> None:
 def test_a_lora_adapter_keeps_the_task_tokens(model: ViPyloQwen, picture: Picture, tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    tokens = {"embed_tokens": list(model.task_token_ids.values())}
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], trainable_token_indices=tokens))
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     trained = [name for name, parameter in model[0].named_parameters() if parameter.requires_grad]
     assert any("lora" in name for name in trained)
     assert any("token" in name for name in trained)
@@ -234,6 +249,14 @@ def test_a_lora_adapter_keeps_the_task_tokens(model: ViPyloQwen, picture: Pictur
     np.testing.assert_allclose(ViPyloQwen(tmp_path, device="cpu").encode(inputs), expected, atol=1e-6)
     stock = SentenceTransformer(str(tmp_path), device="cpu").encode(inputs)
     assert (stock * expected).sum(1).min() > 0.9999
+
+
+def test_an_adapter_needs_a_saved_model(base: Path) -> None:
+    """It names its base, and the bare checkpoint has no task tokens."""
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="has no task tokens: save this model with save_pretrained, load it"):
+        ViPyloQwen.create(base, 16, device="cpu").add_adapter(LoraConfig(target_modules=["q_proj"]))
 
 
 WITHOUT_TORCHVISION = """

@@ -14,11 +14,15 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen, cli
 from sentence_vipyloqwen.demo import run as demo
@@ -33,6 +37,7 @@ READMES = ("README.md", "README.vi.md")
 QUICKER = {"max_steps=100": "max_steps=2"}
 """What is written -> what runs here; everything else runs as it stands."""
 
+ORIENTATION = 0x0112  # the tag of EXIF
 LANGUAGES = {"bash", "python", "json", "bibtex"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -121,6 +126,14 @@ def extras() -> set[str]:
     return set(setup["options.extras_require"])
 
 
+def test_the_commands_for_contributors_exist() -> None:
+    wanted = [command for block in blocks("CONTRIBUTING.md") for command in commands(block)]
+    assert wanted
+    for program, *arguments in wanted:
+        assert program == "make"
+        assert set(arguments) <= make_targets()
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_every_block_is_of_a_kind_that_is_checked(name: str) -> None:
     assert {block.language for block in blocks(name)} == LANGUAGES
@@ -180,6 +193,28 @@ def test_the_demo_leaves_what_is_listed(name: str) -> None:
     for left in (demo.PAGE_FILE, demo.METRICS_FILE, "training/model/", "base/", "data/", "index/"):
         assert f"| `{left}` |" in text
     assert text.count("<!-- figures:start -->") == text.count("<!-- figures:end -->") == 1
+
+
+def test_stock_differs_where_the_readme_says(folder: Path, picture: Callable[..., Image.Image], tmp_path: Path) -> None:
+    """The list of "One folder, two ways to load it", in its order."""
+    ours, stock = ViPyloQwen(folder, device="cpu"), SentenceTransformer(str(folder), device="cpu")
+    turned, exif, text = picture(40, 80), Image.Exif(), {"image": picture(), "text": "a"}
+    exif[ORIENTATION] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    file = str(tmp_path / "turned.png")
+
+    for refused in (Path(file), np.zeros((40, 60), np.uint8), {**text, "text": "a <|image_pad|>"}):
+        ours.encode(refused)
+        with pytest.raises(ValueError):
+            stock.encode(refused)
+    floats, deep = np.random.default_rng(0).random((40, 60, 3)), Image.new("I;16", (40, 60), 40_000)
+    for other in (file, floats, Image.open(file), deep, "a <ocr> b"):
+        assert ours.encode(other) @ stock.encode(other) < 0.999, other
+    for same in ({"text": file}, {"image": file}):
+        assert ours.encode(same) @ stock.encode(same) > 0.9999, same
+    with pytest.raises(ValueError, match="6 images"):
+        ours.encode({"image": [turned] * 6})
+    assert stock.encode({"image": [turned] * 6}).shape == (32,)
 
 
 @pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -87,7 +87,8 @@ def negatives_mask(
     """Which candidates are true negatives of which rows.
 
     Two rows whose anchors are equal, whose positives are equal, or where one's anchor is the other's positive, are
-    never each other's negatives; nor is an explicit negative that equals the row's own anchor or positive.
+    never each other's negatives; nor is a candidate that equals the row's anchor, or a positive of any row whose anchor
+    is the same.
 
     Args:
         tasks: (B,) task of each row.
@@ -97,16 +98,15 @@ def negatives_mask(
         same_task: Whether rows of other tasks are left out; a row's own explicit negatives always count.
 
     Returns:
-        (B, B) mask over rows, and (B, N * B) mask over explicit negatives, those of column 0 first.
+        (B, B) mask of anchors over the rows' positives, and (B, N * B) mask of anchors over explicit negatives, those
+        of column 0 first.
     """
     comparable = tasks[:, None] == tasks[None, :] if same_task else torch.ones_like(tasks[:, None] == tasks[None, :])
+    same_anchor = anchor_keys[:, None] == anchor_keys[None, :]
     crossed = anchor_keys[:, None] == positive_keys[None, :]
-    equal = (
-        (anchor_keys[:, None] == anchor_keys[None, :])
-        | (positive_keys[:, None] == positive_keys[None, :])
-        | crossed
-        | crossed.T
-    )
-    candidates = negative_keys.T.reshape(-1)  # (N * B,)
-    own = (candidates == anchor_keys[:, None]) | (candidates == positive_keys[:, None])
-    return comparable & ~equal, comparable.repeat(1, negative_keys.shape[1]) & ~own
+    equal = same_anchor | (positive_keys[:, None] == positive_keys[None, :]) | crossed | crossed.T
+    candidates = torch.cat([positive_keys, negative_keys.T.reshape(-1)])  # (B + N * B,)
+    is_positive_of = positive_keys[:, None] == candidates  # (B, B + N * B)
+    known = (same_anchor.float() @ is_positive_of.float() > 0) | (candidates == anchor_keys[:, None])
+    rows = len(tasks)
+    return comparable & ~equal & ~known[:, :rows], comparable.repeat(1, negative_keys.shape[1]) & ~known[:, rows:]

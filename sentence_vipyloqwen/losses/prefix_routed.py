@@ -131,7 +131,8 @@ class PrefixRoutedLoss(nn.Module):
         anchors, positives, *negatives = (content_keys(features) for features in columns)
         scores = torch.full(tasks.shape, float("nan"), device=tasks.device) if labels is None else labels.float()
         if bool(((scores < 0) | (scores > 1)).any()):
-            raise ValueError(f"Scores of text pairs must lie in [0, 1]; got {scores.min():g} to {scores.max():g}.")
+            known = scores[~scores.isnan()]
+            raise ValueError(f"Scores of text pairs must lie in [0, 1]; got {known.min():g} to {known.max():g}.")
         stacked = torch.stack(negatives, dim=1) if negatives else anchors.new_empty(len(anchors), 0)
         return BatchRows(tasks, anchors, positives, stacked, scores)
 
@@ -139,12 +140,18 @@ class PrefixRoutedLoss(nn.Module):
         """Route embedded rows.
 
         Args:
-            embeddings: For each column (anchor, positive, negatives), (B, D) floats; normalised here.
+            embeddings: For each column (anchor, positive, negatives), (B, D) floats; normalised here. Half precision
+                becomes float32 first, under autocast too: differences of cosines are small.
             rows: What routing needs to know of the rows.
 
         Returns:
             Term name -> scalar.
         """
+        with torch.autocast(embeddings[0].device.type, enabled=False):
+            return self._route(self._term_values([_at_least_float32(e) for e in embeddings], rows), rows)
+
+    def _term_values(self, embeddings: Sequence[Tensor], rows: BatchRows) -> dict[str, Tensor]:
+        """Each term's value for each row, (B,)."""
         # 1. Similarities: of anchors to positives and to explicit negatives.
         anchors, positives, *negatives = (F.normalize(embedding, dim=-1) for embedding in embeddings)
         similarity = anchors @ positives.T  # (B, B)
@@ -160,18 +167,14 @@ class PrefixRoutedLoss(nn.Module):
 
         # 3. Every term for every row; the routing then takes each row's own.
         hardest = _hardest_negative(in_batch, explicit, len(negatives))
-        values = {
+        return {
             INFO_NCE: functional.info_nce(
-                torch.cat([in_batch, explicit], dim=1),
-                similarity.T.masked_fill(~mask, -torch.inf),
-                positive,
-                self.temperature,
+                torch.cat([in_batch, explicit], dim=1), in_batch.T, positive, self.temperature
             ),
             SCORE_MSE: functional.score_mse(positive, rows.scores),
             COSINE: functional.cosine_distance(positive),
             TRIPLET: functional.triplet_margin(positive, hardest, self._row_margins(rows.tasks), self._triplet_factor),
         }
-        return self._route(values, rows)
 
     def _route(self, values: Mapping[str, Tensor], rows: BatchRows) -> LossTerms:
         terms = LossTerms()
@@ -217,6 +220,10 @@ class PrefixRoutedLoss(nn.Module):
       primaryClass={cs.LG},
 }
 """
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _hardest_negative(in_batch: Tensor, explicit: Tensor, columns: int) -> Tensor:

@@ -10,6 +10,7 @@ import binascii
 import io
 import struct
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ MAX_SOURCE_PIXELS = 178_956_970
 URL_TIMEOUT_SECONDS = 20
 _URL_SCHEMES = ("http://", "https://")
 _SIXTEEN_BIT_TO_EIGHT = 257  # 65535 / 255
+_BROKEN = (OSError, SyntaxError, EOFError, struct.error, RuntimeError)
+"""What Pillow's decoders raise on broken data."""
 
 
 def open_image(source: ImageSource, *, allow_urls: bool = False) -> Image.Image:
@@ -52,7 +55,7 @@ def open_image(source: ImageSource, *, allow_urls: bool = False) -> Image.Image:
             return _decode(image, source)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the image {describe(source)} is too large: {error}") from error
-    except (OSError, binascii.Error) as error:
+    except (*_BROKEN, binascii.Error, HTTPException) as error:
         raise ValueError(f"cannot read the image {describe(source)}: {error}; allowed is {ALLOWED_IMAGES}") from error
 
 
@@ -78,7 +81,7 @@ def _decode(image: Image.Image, source: ImageSource) -> Image.Image:
     _check_size(image.size, source)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, EOFError, struct.error) as error:  # what Pillow's decoders raise on broken data
+    except _BROKEN as error:
         raise ValueError(f"cannot decode the image {describe(source)}: {error}") from error
 
 
@@ -125,7 +128,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if isinstance(array, torch.Tensor):
+        values = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
+    else:
+        values = array
     if values.ndim == 3 and values.shape[2] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
         values = np.moveaxis(values, 0, 2)  # (C, H, W) -> (H, W, C)
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or values.size == 0:

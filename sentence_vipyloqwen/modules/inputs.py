@@ -69,8 +69,24 @@ def _parse(item: Any, index: int, prompt: str) -> ParsedInput:
         raise ValueError(f"Input {index} is empty: got {item!r}; an input needs some text, an image, or both.")
     if len(images) > MAX_IMAGES:
         raise ValueError(f"Input {index} has {len(images)} images; at most {MAX_IMAGES} are allowed.")
-    task, rest = split_task_prefix(prompt + text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Input {index}: its text is not valid Unicode: {error}.") from error
+    task, rest = split_task_prefix(prompt + _without_prefix_of(prompt, text, index))
     return ParsedInput(images, task, rest, index)
+
+
+def _without_prefix_of(prompt: str, text: str, index: int) -> str:
+    """Take the prefix off a text where the prompt brings the same one."""
+    asked, (own, rest) = split_prefix(prompt)[0], split_prefix(text)
+    if asked.token is None or own.token is None:
+        return text
+    if own is not asked:
+        raise ValueError(
+            f"Input {index} bears the prefix {own.token}, but its prompt is {asked.token}; allowed is one."
+        )
+    return rest
 
 
 def split_task_prefix(text: str) -> tuple[Task, str]:

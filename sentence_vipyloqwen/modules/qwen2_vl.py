@@ -102,7 +102,10 @@ class Qwen2VLTransformer(InputModule):
         Raises:
             ValueError: If an input is not allowed or its images do not fit the limit; the message names its position.
         """
-        limit = _text_limit(processing_kwargs) or max_length or self.max_seq_length
+        limits = [limit for limit in (_text_limit(processing_kwargs), max_length) if limit is not None]
+        limit = limits[0] if limits else self.max_seq_length
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"max_length is {limit!r}; allowed is a whole number of tokens, at least 1.")
         try:
             return self._preprocess(parse_inputs(inputs, prompt), limit)
         except TypeError as error:  # Sentence Transformers would swallow it and call again, without the prompt
@@ -202,6 +205,7 @@ class Qwen2VLTransformer(InputModule):
         model_kwargs: Mapping[str, Any] | None = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         config_kwargs: Mapping[str, Any] | None = None,
+        backend: str = "torch",
         **kwargs: Any,
     ) -> Qwen2VLTransformer:
         """Load a saved module from a folder or the Hub; weights come from safetensors only.
@@ -216,11 +220,15 @@ class Qwen2VLTransformer(InputModule):
             model_kwargs: For ``Qwen2VLModel.from_pretrained``: ``dtype``, ``attn_implementation``, ...
             processor_kwargs: For the tokenizer, and ``min_pixels`` / ``max_pixels`` for the image processor.
             config_kwargs: For the configuration.
+            backend: ``"torch"``; there is no other.
             **kwargs: Accepted for Sentence Transformers' sake, without effect.
 
         Raises:
-            ValueError: If the folder holds another architecture or lacks the task tokens.
+            ValueError: If the folder holds another architecture or lacks the task tokens, if another backend is asked
+                for, or if code of the folder or pickled weights are.
         """
+        if backend != "torch":
+            raise ValueError(f"backend is {backend!r}; allowed is 'torch'.")
         hub = dict(
             zip(_HUB_KEYS, (token, revision, local_files_only, cache_folder, subfolder), strict=True),
             trust_remote_code=False,
@@ -270,12 +278,18 @@ def _load_parts(
     processor_kwargs: Mapping[str, Any],
     config_kwargs: Mapping[str, Any],
 ) -> tuple[Qwen2VLModel, Any, Qwen2VLImageProcessorPil]:
+    for options in (model_kwargs, processor_kwargs, config_kwargs):
+        if options.get("trust_remote_code") or options.get("use_safetensors") is False:
+            raise ValueError(f"Code of a folder is never run, nor are pickled weights loaded; got {dict(options)}.")
     config = _load_config(path, hub, config_kwargs)
     model = Qwen2VLModel.from_pretrained(path, config=config, **{**hub, "use_safetensors": True, **model_kwargs})
     tokenizer_kwargs = {key: value for key, value in processor_kwargs.items() if key not in _PIXEL_KEYS}
     pixels = {key: value for key, value in processor_kwargs.items() if key in _PIXEL_KEYS}
     tokenizer = AutoTokenizer.from_pretrained(path, **{**hub, **tokenizer_kwargs})
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **hub, **pixels)
+    low, high = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    if not 0 < low <= high:
+        raise ValueError(f"min_pixels is {low} and max_pixels {high}; allowed is 0 < min_pixels <= max_pixels.")
     return model, tokenizer, image_processor
 
 

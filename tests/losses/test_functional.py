@@ -62,6 +62,7 @@ def test_equal_content_is_never_a_negative() -> None:
         (2, 3),
     ):  # equal anchors; equal positives; anchor of one = positive of the other
         expected[left, right] = expected[right, left] = False
+    expected[0, 2] = False  # row 2's positive is, in row 1, a positive of row 0's anchor
     assert torch.equal(mask, expected)
 
 
@@ -78,6 +79,13 @@ def test_an_explicit_negative_equal_to_the_rows_own_content_is_left_out() -> Non
     negatives = torch.tensor([[11, 20], [21, 1]])  # row 0's first equals its positive; row 1's second is row 0's anchor
     _, mask = L.negatives_mask(tasks, anchors, positives, negatives, same_task=True)
     assert mask.tolist() == [[False, True, True, False], [True, True, True, True]]
+
+
+def test_an_explicit_negative_that_is_a_positive_of_an_equal_anchor_is_left_out() -> None:
+    tasks, anchors, positives = torch.zeros(3, dtype=torch.long), torch.tensor([1, 1, 2]), torch.tensor([11, 12, 13])
+    negatives = torch.tensor([[20], [21], [12]])  # row 2's is row 1's positive, so row 0's as well
+    _, mask = L.negatives_mask(tasks, anchors, positives, negatives, same_task=True)
+    assert mask.tolist() == [[True, True, False], [True, True, False], [True, True, True]]
 
 
 def test_gradients_are_exact() -> None:

@@ -33,7 +33,7 @@ def test_every_source_gives_the_same_pixels(tmp_path: Path, picture: Picture) ->
     uri = "data:image/png;base64," + base64.b64encode(as_bytes(image)).decode()
     values = np.asarray(image)
     channels_first = torch.from_numpy(values.transpose(2, 0, 1).copy())
-    for source in (image, path, str(path), uri, values, channels_first, values / 255):
+    for source in (image, path, str(path), uri, values, channels_first, channels_first / 255, values / 255):
         assert np.array_equal(open_image(source), values)
 
 

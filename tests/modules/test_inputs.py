@@ -42,6 +42,12 @@ def test_a_prompt_and_a_literal_prefix_are_the_same_input(image: Image.Image) ->
         assert parse_inputs([item], prompt="<ocr> ") == parse_inputs([literal])
 
 
+def test_a_prefix_is_not_doubled_by_its_prompt() -> None:
+    assert parse_inputs(["<ocr> a"], prompt="<ocr> ") == parse_inputs(["<ocr> a"])
+    with pytest.raises(ValueError, match="Input 1 bears the prefix <instr>"):
+        parse_inputs(["a", "<instr> a"], prompt="<ocr> ")
+
+
 def test_the_space_after_a_prefix_belongs_to_the_text() -> None:
     spaced, tight, late = parse_inputs(["  <ocr> a", "<ocr>a", "a <ocr>"])
     assert (spaced.task.name, spaced.text) == ("ocr", " a")
@@ -71,6 +77,7 @@ def test_none_stands_for_absent() -> None:
         ({"image": ["a.png", 3]}, "Input 1, image 1 is of type int; allowed is a PIL image"),
         (3, "Input 1 is of type int; allowed is a str"),
         (None, "Input 1 is of type NoneType"),
+        ("a \ud800", "Input 1: its text is not valid Unicode"),
         (["a"], "Input 1 is of type list"),
     ],
 )

@@ -65,6 +65,9 @@ def test_the_limit_of_a_call_cuts_text(model: ViPyloQwen) -> None:
         assert model.preprocess([text], **options)["input_ids"].shape == (1, 7)
     with pytest.raises(ValueError, match=r"processing_kwargs has \['image.size'\]; allowed is"):
         model.preprocess([text], processing_kwargs={"image": {"size": 3}})
+    for limit in (0, -1, "5"):
+        with pytest.raises(ValueError, match=f"max_length is {limit!r}; allowed is a whole number"):
+            model.preprocess([text], processing_kwargs={"text": {"max_length": limit}})
 
 
 def test_max_seq_length_is_kept_in_the_folder(model: ViPyloQwen, tmp_path: Path) -> None:
