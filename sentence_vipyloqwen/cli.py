@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
     from sentence_vipyloqwen.model import ViPyloQwen
+
+WIDTH_OF_A_PIPE = 140  # characters; a table of figures would be cut at the 80 that rich assumes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +25,20 @@ app = typer.Typer(
 index_app = typer.Typer(no_args_is_help=True, help="Build an index of texts, images and mixed items, or look at one.")
 app.add_typer(index_app, name="index")
 
-Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. The best at hand by default.")]
+
+def _check_device(device: str | None) -> str | None:
+    import torch
+
+    try:
+        return device and str(torch.device(device))
+    except RuntimeError as error:
+        raise ValueError(f"--device {device!r}: allowed are cpu, cuda, cuda:1 and so on, mps.") from error
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. The best at hand by default.", callback=_check_device),
+]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a finished model.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one forward pass.")]
 
@@ -44,11 +58,8 @@ def _options(
 ) -> None:
     if verbose:
         logging.basicConfig(level=logging.INFO)
-        return
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    _silence_weight_bars()
+    else:
+        _silence_libraries()
 
 
 @app.command()
@@ -122,7 +133,10 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = True,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--no-resume", help="Go on from the last checkpoint in the output folder, or refuse to."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Train a model by a recipe.
@@ -229,18 +243,24 @@ def _load(path: str, device: str | None) -> ViPyloQwen:
     return ViPyloQwen(path, device=device)
 
 
-def _settings(pairs: list[str]) -> dict[str, str]:
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """The settings of ``--set KEY=VALUE``, each value read as YAML."""
+    import yaml
+
     settings = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set {pair!r}: write it as KEY=VALUE, e.g. --set epochs=3.")
-        settings[key.strip()] = value
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+            raise ValueError(f"--set {pair!r}: the value is not YAML: {error}") from error
     return settings
 
 
 def _screen() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
 
 
 def _escape(text: str) -> str:
@@ -249,8 +269,9 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _silence_weight_bars() -> None:
+def _silence_libraries() -> None:
     """transformers draws a bar for every load and save; a command that shows its own has no use for them."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    set_verbosity_error()
     disable_progress_bar()

@@ -60,6 +60,8 @@ class ViPyloQwen(SentenceTransformer):
         (1024,)
     """
 
+    default_huggingface_organization = None  # a mistyped folder is not looked for under another's name
+
     def __init__(self, model_name_or_path: str | Path | None = None, **kwargs: Any) -> None:
         if kwargs.get("trust_remote_code"):
             raise ValueError("ViPyloQwen never runs code from a model folder: trust_remote_code=True is not allowed.")

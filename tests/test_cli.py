@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sentence_vipyloqwen import cli
+from sentence_vipyloqwen.train.recipe import Recipe
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -35,6 +36,8 @@ def test_an_error_is_a_line_and_an_exit_code(
         (["evaluate", base, "x.jsonl"], "has no modules.json"),
         (["search", "m", "i"], "A query needs --text, --image, or both."),
         (["train", "--set", "epochs"], "--set 'epochs': write it as KEY=VALUE"),
+        (["train", "--set", "margins={ocr"], "--set 'margins={ocr': the value is not YAML"),
+        (["evaluate", base, "x.jsonl", "--device", "bogus"], "--device 'bogus': allowed are cpu, cuda"),
         (["train", "--base", "b"], "The recipe lacks ['train', 'output']"),
         (["train", "--recipe", tmp_path / "no.yaml"], "No recipe"),
         (["validate", tmp_path / "no.jsonl"], "No such file"),
@@ -43,6 +46,25 @@ def test_an_error_is_a_line_and_an_exit_code(
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+
+
+def test_train_hands_over_what_was_given_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipes: list[Recipe] = []
+
+    def train(recipe: Recipe, device: str | None) -> None:
+        recipes.append(recipe)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("sentence_vipyloqwen.train.run.train", train)
+    file = tmp_path / "r.yaml"
+    file.write_text("resume: false")
+    command = ["train", "--recipe", file, "--base", "0123", "--train", "no", "--output", "runs/a #1", "--eval", "null"]
+    for more in ([], ["--resume"], ["--set", "resume=true"], ["--set", "epochs=3", "--set", "margins={ocr: 0.1}"]):
+        assert run(monkeypatch, *command, *more) == 1
+    first = recipes[0]
+    assert (first.base, first.train, first.output, first.eval) == ("0123", ("no",), "runs/a #1", "null")
+    assert [recipe.resume for recipe in recipes] == [False, True, True, False]
+    assert (recipes[-1].epochs, recipes[-1].margins) == (3, {"ocr": 0.1})
 
 
 def test_validate_names_each_bad_line_and_writes_the_good_ones(

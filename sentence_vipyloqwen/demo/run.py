@@ -68,7 +68,8 @@ def run_demo(
     3. Load the saved folder with plain Sentence Transformers and with ours, and compare the vectors.
     4. Index held-out pictures, documents and texts; ask four kinds of question; write the page of results.
 
-    What was made is used again by the next call: the data as they are, training from its last checkpoint.
+    A second call makes data and base anew, equal for equal seeds and sizes, and goes on with training from its last
+    checkpoint; other sizes or another seed need another folder.
 
     Args:
         output: Folder for everything.
@@ -168,9 +169,7 @@ def _make_data(output: Path, sizes: DemoSizes, seed: int, console: Console) -> D
 
 
 def _make_base(folder: Path, train_file: Path, seed: int) -> Path:
-    if not (folder / "model.safetensors").exists():
-        make_tiny_base(folder, _texts(train_file), _images(train_file), vocab_size=VOCABULARY, seed=seed)
-    return folder
+    return make_tiny_base(folder, _texts(train_file), _images(train_file), vocab_size=VOCABULARY, seed=seed)
 
 
 def _images(train_file: Path, every: int = 500) -> list[Image.Image]:

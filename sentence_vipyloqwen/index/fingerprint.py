@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import xxhash
 from sentence_transformers import SentenceTransformer
 
 _MODULE_FACTS = ("pooling_mode", "include_prompt", "activation_function")
+_IMAGE_FACTS = ("image_mean", "image_std", "rescale_factor", "resample", "patch_size", "merge_size")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Fingerprint:
         prompts: Prompt name -> text, empty ones left out: they change nothing.
         default_prompt_name: Name of the prompt that is used where none is asked for.
         processing: What else changes a vector: ``max_seq_length`` (tokens), ``min_pixels`` and ``max_pixels`` of an
-            image, ``vocabulary`` (a hash), ``modules`` (pooling and activations).
+            image, how its pixels become patches (``image_mean``, ``image_std``, ``rescale_factor``, ``resample``,
+            ``patch_size``, ``merge_size``), ``vocabulary`` (a hash), ``modules`` (pooling and activations).
     """
 
     weights: str
@@ -105,9 +108,11 @@ def _hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _processing(model: SentenceTransformer) -> dict[str, Any]:
+    image_processor = _part(model, "image_processor")
     facts = {
         "max_seq_length": model.max_seq_length,
-        **_pixel_budget(_part(model, "image_processor")),
+        **_pixel_budget(image_processor),
+        **{name: _plain(getattr(image_processor, name, None)) for name in _IMAGE_FACTS},
         "vocabulary": _hash_vocabulary(_part(model, "tokenizer")),
         "modules": [_module_facts(module) for module in model],
     }
@@ -140,6 +145,8 @@ def _module_facts(module: torch.nn.Module) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return list(value)
+    if isinstance(value, Enum):  # a resampling filter
+        return value.value
     return type(value).__name__ if callable(value) else value
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sentence_vipyloqwen.index import store
-from sentence_vipyloqwen.modules.images import describe, open_image
+from sentence_vipyloqwen.modules.images import MAX_ASPECT_RATIO, MAX_SOURCE_PIXELS, describe, open_image
 from sentence_vipyloqwen.modules.inputs import ALLOWED_IMAGES, ALLOWED_INPUTS, INPUT_KEYS, MAX_IMAGES
 
 Item: TypeAlias = Mapping[str, Any]
@@ -108,13 +108,23 @@ def _open_jsonl(path: Path) -> Any:
         raise ValueError(f"cannot read the items of {path}: {error}") from error
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object; allowed is once")
+    return dict(pairs)
+
+
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}; allowed is one object a line") from error
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply; {_ALLOWED_ITEM}") from error
 
 
 def _read_item(raw: Any, position: int) -> dict[str, Any]:
@@ -154,7 +164,21 @@ def _keep(image: Any, base: Path, folder: Path, draft: Path) -> str:
     path = Path(os.path.abspath(base / image))
     if not path.is_file():
         raise ValueError(f"there is no image file {describe(path)}")
+    _check_header(path)
     return store.copy_image(path, draft) if path.resolve().is_relative_to(folder) else str(path)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what `open_image` would refuse for its header alone, long before the image is embedded."""
+    try:
+        with Image.open(path) as image:  # reads the header only
+            width, height = image.size
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {describe(path)}: {error}; allowed is {ALLOWED_IMAGES}") from error
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"the image {describe(path)} is {width}x{height}; allowed aspect ratio: {MAX_ASPECT_RATIO}")
+    if width * height > MAX_SOURCE_PIXELS:
+        raise ValueError(f"the image {describe(path)} is {width}x{height}; allowed pixels: {MAX_SOURCE_PIXELS:,}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -209,7 +209,7 @@ def encode_item(item: Mapping[str, Any]) -> bytes:
     """
     try:
         return json.dumps(item, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise ValueError(f"cannot be written as JSON: {error}; allowed are finite numbers, str, list, dict") from error
 
 

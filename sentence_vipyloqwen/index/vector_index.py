@@ -99,8 +99,8 @@ class VectorIndex:
             show_progress_bar: Of the encoding; by default as Sentence Transformers decides.
 
         Raises:
-            ValueError: If there are no items, one is not allowed (``file:line`` or position), an id occurs twice, an
-                item's vector is not finite, or ``folder`` is taken.
+            ValueError: If there are no items, one is not allowed or names an image whose header is unreadable
+                (``file:line`` or position), an id occurs twice, an item's vector is not finite, or ``folder`` is taken.
         """
         folder = Path(folder).resolve()
         with store.replacing(folder, overwrite=overwrite) as draft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,8 @@ class TrainingProgress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            entry = {"step": state.global_step, **{name: _finite(value) for name, value in logs.items()}}
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
         if "loss" in logs:
             self.bar.console.print(
                 f"step {state.global_step:>6}/{state.max_steps}  {describe_losses(logs)}", soft_wrap=True
@@ -65,7 +67,17 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop the bar."""
-        self.bar.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the bar, if it runs; for a training that raised, which ends without ``on_train_end``."""
+        if self.bar.live.is_started:
+            self.bar.stop()
+
+
+def _finite(value: Any) -> Any:
+    """The value, or ``None`` for NaN and infinity, which JSON has not."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_losses(logs: Mapping[str, Any]) -> str:

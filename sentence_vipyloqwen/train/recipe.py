@@ -8,31 +8,49 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from sentence_vipyloqwen.losses.prefix_routed import TEMPERATURE
-from sentence_vipyloqwen.model import EMBEDDING_DIM
-from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MAX_SEQ_LENGTH, MIN_PIXELS
+from sentence_vipyloqwen.losses.prefix_routed import (
+    TEMPERATURE,
+    Negatives,
+    PairWeight,
+    TripletScale,
+    merge_margins,
+    merge_weights,
+)
+from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MIN_PIXELS
 
-SAMPLING = ("proportional", "round_robin")
+DTYPE = "float32"
+DTYPES = (DTYPE, "bfloat16", "float16")
+_CHOICES = {
+    "dtype": (None, *DTYPES),
+    "negatives": get_args(Negatives),
+    "pair_weight": get_args(PairWeight),
+    "triplet_scale": get_args(TripletScale),
+    "sampling": ("proportional", "round_robin"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Settings of a training run.
 
+    ``embedding_dim``, ``max_seq_length``, ``min_pixels`` and ``max_pixels`` are a new model's, by default those of
+    ``ViPyloQwen.create``. A finished model keeps its own; one given that differs from them is refused.
+
     Attributes:
         base: Qwen2-VL checkpoint to start from (Hub id or folder), or a finished model to go on training.
         train: JSONL files of training records.
         output: Folder for checkpoints, log, metrics and, in ``model/``, the trained model.
         eval: JSONL file of held-out records; evaluated before, during and after training.
-        embedding_dim: Dimensions of an embedding (a new model only).
-        max_seq_length: Most tokens of an input (a new model only).
-        min_pixels: Fewest pixels of an image after resizing (a new model only).
-        max_pixels: Most pixels of an image after resizing (a new model only).
-        dtype: Of the weights: ``float32``, ``bfloat16``; the checkpoint's own by default.
+        embedding_dim: Dimensions of an embedding.
+        max_seq_length: Most tokens of an input.
+        min_pixels: Fewest pixels of an image after resizing.
+        max_pixels: Most pixels of an image after resizing.
+        dtype: Of the weights: ``float32`` by default, whatever the checkpoint's; ``bfloat16`` and ``float16`` round
+            small updates away.
         attn_implementation: ``sdpa``, ``flash_attention_2`` or ``eager``; transformers chooses by default.
         epochs: Passes over the data.
         max_steps: Optimiser steps; in place of ``epochs`` where above 0.
@@ -47,7 +65,7 @@ class Recipe:
         warmup_ratio: Share of the steps in which the rate rises to its peak.
         weight_decay: Of AdamW.
         max_grad_norm: Gradients are clipped to this norm.
-        bf16: Whether to compute in bfloat16.
+        bf16: Whether to compute in bfloat16 (autocast); the weights stay as ``dtype`` says.
         gradient_checkpointing: Whether to recompute activations rather than keep them.
         temperature: Of InfoNCE.
         weights: Task -> term -> weight, in place of the task table's.
@@ -70,10 +88,10 @@ class Recipe:
     train: tuple[str, ...]
     output: str
     eval: str | None = None
-    embedding_dim: int = EMBEDDING_DIM
-    max_seq_length: int = MAX_SEQ_LENGTH
-    min_pixels: int = MIN_PIXELS
-    max_pixels: int = MAX_PIXELS
+    embedding_dim: int | None = None
+    max_seq_length: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     epochs: float = 1.0
@@ -107,14 +125,25 @@ class Recipe:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("embedding_dim", "max_seq_length", "batch_size", "accumulation", "logging_steps"):
+        for name in ("batch_size", "accumulation", "logging_steps", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("embedding_dim", "max_seq_length"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, value, "at least 1")
+        for name in ("max_steps", "save_steps", "eval_steps", "workers", "weight_decay"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("learning_rate", "epochs", "temperature", "max_grad_norm"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 up to, not including, 1")
-        _check(self.sampling in SAMPLING, "sampling", self.sampling, f"one of {list(SAMPLING)}")
+        _check(0 < self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "between 0 and 1")
+        for name, choices in _CHOICES.items():
+            _check(getattr(self, name) in choices, name, getattr(self, name), f"one of {list(choices)}")
         _check(bool(self.train), "train", self.train, "one JSONL file or more")
-        _check(0 < self.min_pixels <= self.max_pixels, "min_pixels", self.min_pixels, "from 1 to max_pixels")
+        least = MIN_PIXELS if self.min_pixels is None else self.min_pixels
+        most = MAX_PIXELS if self.max_pixels is None else self.max_pixels
+        _check(0 < least <= most, "min_pixels", least, f"from 1 to max_pixels, {most}")
+        merge_weights(self.weights)
+        merge_margins(self.margins)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every setting spelt out."""
@@ -127,13 +156,13 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 
     Args:
         path: A YAML file, or the name of a recipe shipped with the package (see :func:`shipped_recipes`).
-        overrides: Settings that replace the file's; values may be strings, read as YAML.
+        overrides: Settings that replace the file's, taken as they are.
 
     Raises:
         ValueError: If a setting is unknown, missing, of the wrong type or out of range; the message names it.
     """
     settings = dict(_read_yaml(path)) if path is not None else {}
-    settings.update({key: yaml.safe_load(v) if isinstance(v, str) else v for key, v in (overrides or {}).items()})
+    settings.update(overrides or {})
     fields = {item.name: item for item in dataclasses.fields(Recipe)}
     if unknown := sorted(set(settings) - set(fields)):
         raise ValueError(f"Unknown settings {unknown}; allowed are {list(fields)}.")
@@ -176,7 +205,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return None
     if "Mapping" in str(hint):
         _check(isinstance(value, Mapping), name, value, "a mapping")
-        return value
+        return {key: _coerce(f"{name}.{key}", item, get_args(hint)[1]) for key, item in value.items()}
     kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(hint))
     if kind is float:
         return _to_float(name, value)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
@@ -20,7 +21,8 @@ from sentence_vipyloqwen.model import ViPyloQwen, is_finished_model
 from sentence_vipyloqwen.train.dataset import load_tasks
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
 from sentence_vipyloqwen.train.progress import LOG_FILE, TrainingProgress
-from sentence_vipyloqwen.train.recipe import Recipe
+from sentence_vipyloqwen.train.recipe import DTYPE, Recipe
+from sentence_vipyloqwen.train.records import Record
 
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.json"
@@ -67,46 +69,64 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     freeze(model, recipe.frozen)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    # 2. What the untrained model can do.
-    before = evaluate(model, evaluator.records) if evaluator and not checkpoint else None
-    # 3. The stock trainer.
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    # 2. The stock trainer; it knows which of several processes writes.
+    progress = TrainingProgress(output / LOG_FILE)
     trainer = SentenceTransformerTrainer(
         model,
         _training_arguments(recipe, output, device),
         train_dataset=dataset,
         loss=_make_loss(recipe, model),
         evaluator=evaluator if recipe.eval_steps else None,
-        callbacks=[TrainingProgress(output / LOG_FILE)],
+        callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    writes = trainer.is_world_process_zero()
+    if writes:
+        _start_output(recipe, output, anew=checkpoint is None)
+    # 3. What the untrained model can do, and the training.
+    records = evaluator.records if evaluator and writes else None
+    before = _evaluate(recipe, model, records) if records and not checkpoint else None
+    if before:
+        _add_metrics(output / METRICS_FILE, before=before)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.stop()
     # 4. The portable folder and what the trained model can do.
     model_path = output / "model"
-    model.save_pretrained(str(model_path))
-    after = evaluate(model, evaluator.records) if evaluator else None
-    _write_metrics(output / METRICS_FILE, before=before, after=after)
+    if writes:
+        model.save_pretrained(str(model_path))
+    after = _evaluate(recipe, model, records) if records else None
+    if after:
+        _add_metrics(output / METRICS_FILE, after=after)
     return TrainingResult(model, model_path, before, after)
 
 
 def _make_model(recipe: Recipe, device: str | None) -> ViPyloQwen:
-    if is_finished_model(recipe.base):
-        options = {"dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
-        return ViPyloQwen(
-            recipe.base, device=device, model_kwargs={key: value for key, value in options.items() if value is not None}
-        )
-    return ViPyloQwen.create(
-        recipe.base,
-        recipe.embedding_dim,
-        max_seq_length=recipe.max_seq_length,
-        min_pixels=recipe.min_pixels,
-        max_pixels=recipe.max_pixels,
-        dtype=recipe.dtype,
-        attn_implementation=recipe.attn_implementation,
-        seed=recipe.seed,
-        device=device,
+    sizes = {name: getattr(recipe, name) for name in ("embedding_dim", "max_seq_length", "min_pixels", "max_pixels")}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    options = {"dtype": recipe.dtype or DTYPE, "attn_implementation": recipe.attn_implementation}
+    if not is_finished_model(recipe.base):
+        return ViPyloQwen.create(recipe.base, **given, **options, seed=recipe.seed, device=device)
+    model = ViPyloQwen(
+        recipe.base, device=device, model_kwargs={key: value for key, value in options.items() if value is not None}
     )
+    _check_sizes(given, model, recipe.base)
+    return model
+
+
+def _check_sizes(given: Mapping[str, int], model: ViPyloQwen, base: str) -> None:
+    """A finished model keeps its sizes: refuse a setting that names another."""
+    pixels = model[0].image_processor.size
+    own = {
+        "embedding_dim": model.get_embedding_dimension(),
+        "max_seq_length": model.max_seq_length,
+        "min_pixels": pixels["shortest_edge"],
+        "max_pixels": pixels["longest_edge"],
+    }
+    for name, value in given.items():
+        if value != own[name]:
+            raise ValueError(f"Setting {name} is {value}; the finished model {base!r} has {own[name]} and keeps it.")
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -162,15 +182,16 @@ def _training_arguments(recipe: Recipe, output: Path, device: str | None) -> Sen
         seed=recipe.seed,
         report_to="none",
         use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
     )
 
 
 def _find_checkpoint(recipe: Recipe, output: Path) -> str | None:
-    """The checkpoint to go on from; the output folder must then hold a run of the same settings."""
+    """The checkpoint to go on from; an output folder that holds a run must hold one of the same settings."""
     folder = output / CHECKPOINTS
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is None:
+    if checkpoint is None and not (output / RECIPE_FILE).exists():
         return None
     if not recipe.resume:
         raise ValueError(
@@ -186,7 +207,22 @@ def _find_checkpoint(recipe: Recipe, output: Path) -> str | None:
     return checkpoint
 
 
-def _write_metrics(path: Path, **evaluations: Evaluation | None) -> None:
-    measured = {name: evaluation.to_dict() for name, evaluation in evaluations.items() if evaluation}
-    if measured:
-        path.write_text(json.dumps(measured, ensure_ascii=False, indent=2), encoding="utf-8")
+def _start_output(recipe: Recipe, output: Path, *, anew: bool) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    if anew:
+        for name in (LOG_FILE, METRICS_FILE):
+            (output / name).unlink(missing_ok=True)
+
+
+def _evaluate(recipe: Recipe, model: ViPyloQwen, records: Sequence[Record]) -> Evaluation:
+    """Compute as in training: FlashAttention 2 takes no float32."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
+        return evaluate(model, records)
+
+
+def _add_metrics(path: Path, **evaluations: Evaluation) -> None:
+    """Add to what the file holds: a resumed run keeps the figures from before its first step."""
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    measured |= {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
+    path.write_text(json.dumps(measured, ensure_ascii=False, indent=2, allow_nan=False), encoding="utf-8")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import ViPyloQwen
@@ -72,6 +73,28 @@ def test_image_processor_is_found_in_our_module_and_in_a_stock_processor(make_mo
     assert fingerprint(ours).differences(fingerprint(other)) == ["processing.max_pixels"]
 
 
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("image_mean", [0.5, 0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0.5]),
+        ("rescale_factor", 1 / 127.5),
+        ("resample", Image.Resampling.BILINEAR),
+        ("patch_size", 16),
+        ("merge_size", 1),
+    ],
+)
+def test_each_fact_of_the_image_processor_counts(make_model, fact, value):
+    known = {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.3, 0.3, 0.3), "rescale_factor": 1 / 255}
+    known |= {"resample": Image.Resampling.BICUBIC, "patch_size": 14, "merge_size": 2}
+    ours, same, other = make_model(), make_model(), make_model()
+    ours[0].image_processor = SimpleNamespace(**known)
+    same[0].image_processor = SimpleNamespace(**known | {"image_mean": [0.1, 0.2, 0.3], "resample": 3})
+    other[0].image_processor = SimpleNamespace(**known | {fact: value})
+    assert fingerprint(ours) == fingerprint(same)
+    assert fingerprint(ours).differences(fingerprint(other)) == [f"processing.{fact}"]
+
+
 def test_vocabulary_counts_whatever_its_order(make_model):
     models = [make_model() for _ in range(3)]
     for model, vocabulary in zip(models, ({"a": 0, "đ": 1}, {"đ": 1, "a": 0}, {"a": 1, "đ": 0}), strict=True):
@@ -96,6 +119,10 @@ def test_ours_and_stock_agree_on_a_saved_model(folder):
     assert ours.differences(stock) == []
     assert ours == stock
     assert {"min_pixels", "max_pixels", "max_seq_length", "vocabulary"} <= set(ours.processing)
+    facts = {"image_mean", "image_std", "rescale_factor", "resample", "patch_size", "merge_size"}
+    assert facts <= set(ours.processing)
+    assert json.loads(json.dumps(ours.processing)) == ours.processing
+    assert type(ours.processing["resample"]) is int
     assert {"pooling_mode": "mean", "include_prompt": True} in ours.processing["modules"]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import faiss
@@ -13,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.index import VectorIndex, fingerprint
+from sentence_vipyloqwen.index import items as index_items
 
 TEXTS = [
     "hóa đơn số 12", "hợp đồng thuê nhà", "biển số xe", "tổng số tiền phải trả", "thời hạn thanh toán",
@@ -239,6 +241,10 @@ def test_bad_items_name_their_position(model, tmp_path, item, message):
         (b'{"text": "a"', "not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b"[1]", "got a list"),
+        (b'{"text": "a", "text": "b"}', "key 'text' occurs twice"),
+        (b'{"text": "a", "metadata": {"x": [{"y": 1, "y": 1}]}}', "key 'y' occurs twice"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"text": "a", "metadata": ' + b'{"x":' * 100_000, "nested too deeply"),
         (b'{"id": "x", "text": "b"}', "id 'x' is taken by .*items.jsonl:1"),
     ],
 )
@@ -247,6 +253,63 @@ def test_bad_lines_name_file_and_line(model, tmp_path, line, message):
     path.write_bytes(b'{"id": "x", "text": "a"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=f"items.jsonl:3: .*{message}"):
         VectorIndex.build(model, path, tmp_path / "index")
+
+
+def nested(depth: int) -> dict:
+    value: dict = {}
+    for _ in range(depth):
+        value = {"x": value}
+    return value
+
+
+def test_metadata_nested_too_deeply_names_its_position(model, tmp_path):
+    with pytest.raises(ValueError, match="^item 0: cannot be written as JSON.*recursion"):
+        VectorIndex.build(model, [{"text": "a", "metadata": nested(100_000)}], tmp_path / "index")
+
+
+@pytest.fixture
+def bad_image(tmp_path, picture, monkeypatch) -> Callable[[str], str]:
+    """Make a file that the header of an image rules out, and return its name."""
+
+    def make(fault: str) -> str:
+        path = tmp_path / "hỏng.png"
+        picture("red", (402, 2) if fault == "long" else (40, 20)).save(path)
+        if fault == "text":
+            path.write_text("không phải ảnh", encoding="utf-8")
+        elif fault == "cut":
+            path.write_bytes(path.read_bytes()[:20])
+        elif fault == "large":
+            monkeypatch.setattr(index_items, "MAX_SOURCE_PIXELS", 799)
+        elif fault == "bomb":
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 399)  # Pillow refuses from twice as many
+        return path.name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("text", "cannot read the image .*hỏng.png.*cannot identify"),
+        ("cut", "cannot read the image .*hỏng.png"),
+        ("long", "hỏng.png' is 402x2; allowed aspect ratio: 200"),
+        ("large", "hỏng.png' is 40x20; allowed pixels: 799"),
+        ("bomb", "cannot read the image .*hỏng.png.*decompression bomb"),
+    ],
+)
+def test_a_broken_image_names_its_line_before_anything_is_embedded(
+    make_model, tmp_path, monkeypatch, bad_image, fault, message
+):
+    model = make_model()
+    monkeypatch.setattr(model, "encode", lambda *args, **kwargs: pytest.fail("embedded"))
+    rows = [{"text": "a"}, {"text": "b"}, {"text": "c", "image": [bad_image(fault)]}]
+    path = write_jsonl(tmp_path / "items.jsonl", rows)
+    with pytest.raises(ValueError, match=f"items.jsonl:3: .*{message}"):
+        VectorIndex.build(model, path, tmp_path / "index")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^item 2: .*{message}"):
+        VectorIndex.build(model, rows, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
 
 
 def test_position_as_id_collides_with_a_given_id(model, tmp_path):

@@ -30,16 +30,24 @@ def test_every_shipped_recipe_loads() -> None:
 def test_what_is_given_replaces_the_file(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump({**NEEDED, "epochs": 2, "learning_rate": "1e-4", "seed": 1}))
-    recipe = load_recipe(file, {"epochs": "3", "margins": "{ocr: 0.1}", "matryoshka_dims": "[64, 32]"})
+    recipe = load_recipe(file, {"epochs": 3, "margins": {"ocr": "1e-1"}, "matryoshka_dims": [64, 32]})
     assert (recipe.epochs, recipe.learning_rate, recipe.seed) == (3.0, 1e-4, 1)
     assert recipe.train == ("t.jsonl",)
     assert recipe.margins == {"ocr": 0.1}
     assert recipe.matryoshka_dims == (64, 32)
 
 
+def test_what_is_given_is_taken_as_it_is() -> None:
+    recipe = load_recipe(None, {"base": "0123", "train": "no", "output": "runs/a #1", "eval": "null"})
+    assert (recipe.base, recipe.train, recipe.output, recipe.eval) == ("0123", ("no",), "runs/a #1", "null")
+
+
 def test_a_recipe_survives_its_own_yaml() -> None:
     recipe = load_recipe(None, {**NEEDED, "weights": {"ocr": {"triplet": 2.0}}, "matryoshka_dims": [4, 2]})
-    assert Recipe(**{**yaml.safe_load(recipe.to_yaml()), "train": ("t.jsonl",), "matryoshka_dims": (4, 2)}) == recipe
+    assert (
+        Recipe(**{**yaml.safe_load(recipe.to_yaml()), "train": ("t.jsonl",), "frozen": (), "matryoshka_dims": (4, 2)})
+        == recipe
+    )
     assert load_recipe(None, yaml.safe_load(recipe.to_yaml())) == recipe
 
 
@@ -55,9 +63,26 @@ def test_a_recipe_survives_its_own_yaml() -> None:
         ({"batch_size": 0}, "Setting batch_size is 0; allowed is at least 1"),
         ({"bf16": 1}, "Setting bf16 is 1; allowed is of type bool"),
         ({"warmup_ratio": 1}, "Setting warmup_ratio is 1.0"),
+        ({"embedding_dim": 0}, "Setting embedding_dim is 0; allowed is at least 1"),
+        ({"keep_checkpoints": 0}, "Setting keep_checkpoints is 0; allowed is at least 1"),
+        ({"max_steps": -1}, "Setting max_steps is -1; allowed is at least 0"),
+        ({"save_steps": -1}, "Setting save_steps is -1; allowed is at least 0"),
+        ({"eval_steps": -1}, "Setting eval_steps is -1; allowed is at least 0"),
+        ({"workers": -1}, "Setting workers is -1; allowed is at least 0"),
+        ({"weight_decay": -0.1}, "Setting weight_decay is -0.1; allowed is at least 0"),
+        ({"adam_beta2": 1}, "Setting adam_beta2 is 1.0; allowed is between 0 and 1"),
+        ({"dtype": "int8"}, "Setting dtype is 'int8'; allowed is one of .None, 'float32'"),
+        ({"negatives": "none"}, "Setting negatives is 'none'; allowed is one of .'same_task', 'all'"),
+        ({"pair_weight": "one"}, "Setting pair_weight is 'one'"),
+        ({"triplet_scale": "one"}, "Setting triplet_scale is 'one'"),
+        ({"weights": {"ocr": {"cosine": 1}}}, "Unknown term of task 'ocr': 'cosine'"),
+        ({"weights": {"ocr": 2}}, "Setting weights.ocr is 2; allowed is a mapping"),
+        ({"margins": {"instr": 0.1}}, "Unknown task with a margin: 'instr'"),
+        ({"margins": {"ocr": "wide"}}, "Setting margins.ocr is 'wide'; allowed is a finite number"),
         ({"sampling": "random"}, "Setting sampling is 'random'; allowed is one of"),
         ({"margins": 3}, "Setting margins is 3; allowed is a mapping"),
         ({"min_pixels": 10**9}, "Setting min_pixels is 1000000000; allowed is from 1 to max_pixels"),
+        ({"max_pixels": 0}, "allowed is from 1 to max_pixels, 0"),
     ],
 )
 def test_a_bad_setting_is_named(settings: dict[str, Any], message: str) -> None:

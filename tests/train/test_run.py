@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import TrainerState
 
 from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen, load_tasks
+from sentence_vipyloqwen.train.progress import TrainingProgress
 from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
-from sentence_vipyloqwen.train.run import train
+from sentence_vipyloqwen.train.run import _make_loss, _training_arguments, train
 
 Picture = Callable[..., Image.Image]
 
@@ -100,7 +104,7 @@ def test_frozen_parameters_stay_as_they_are(recipe: Callable[..., Recipe], base:
     assert {name for name in before if "visual.blocks" in name or "patch_embed" in name} <= still
     assert not any("language_model.layers" in name or "merger" in name for name in still)
     with pytest.raises(ValueError, match="no parameter of the model has 'vision_tower' in its name"):
-        train(recipe(frozen="vision_tower"), device="cpu")
+        train(recipe(frozen="vision_tower", output="unused"), device="cpu")
 
 
 def test_a_checkpoint_of_the_trainer_is_a_portable_folder(
@@ -148,9 +152,134 @@ def test_a_folder_of_another_run_is_not_mixed_up(recipe: Callable[..., Recipe], 
         train(recipe(save_steps=3, resume=False), device="cpu")
 
 
+def test_a_run_without_checkpoints_is_not_mixed_up_either(recipe: Callable[..., Recipe], data: Path) -> None:
+    train(recipe(max_steps=2), device="cpu")
+    log = (data / "run" / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="run of other settings .*seed: 42 -> 7"):
+        train(recipe(max_steps=2, seed=7), device="cpu")
+    with pytest.raises(ValueError, match="earlier run: resume it or choose another"):
+        train(recipe(max_steps=2, resume=False), device="cpu")
+    assert (data / "run" / "log.jsonl").read_text() == log
+    train(recipe(max_steps=2), device="cpu")
+    assert len((data / "run" / "log.jsonl").read_text().splitlines()) == len(log.splitlines())
+
+
+def test_what_was_measured_before_survives_a_kill(
+    recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(max_steps=2, save_steps=1, eval=str(data / "train.jsonl"))
+    metrics = data / "run" / "metrics.json"
+    stopped: list[bool] = []
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    step = SentenceTransformerTrainer.training_step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SentenceTransformerTrainer, "training_step", killed)
+        patch.setattr(TrainingProgress, "stop", lambda self: stopped.append(True))
+        train(settings, device="cpu")
+    assert stopped
+    before = json.loads(metrics.read_text())
+    assert set(before) == {"before"}
+    for _ in range(2):  # the resumed run, and its repetition
+        assert train(settings, device="cpu").before is None
+        after = json.loads(metrics.read_text())
+        assert set(after) == {"before", "after"}
+        assert after["before"] == before["before"]
+
+
+def test_only_the_first_process_writes(
+    recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SentenceTransformerTrainer, "is_world_process_zero", lambda self: False)
+    result = train(recipe(max_steps=1, eval=str(data / "train.jsonl")), device="cpu")
+    assert (result.before, result.after) == (None, None)
+    for name in ("recipe.yaml", "metrics.json", "model"):
+        assert not (data / "run" / name).exists()
+
+
 def test_a_finished_model_is_trained_on(recipe: Callable[..., Recipe], folder: Path) -> None:
-    result = train(recipe(base=str(folder), max_steps=1, matryoshka_dims=[32, 16]), device="cpu")
+    sizes = {"embedding_dim": 32, "max_seq_length": None, "max_pixels": 1280 * 28 * 28}
+    result = train(recipe(base=str(folder), max_steps=1, matryoshka_dims=[32, 16], **sizes), device="cpu")
     assert result.model.get_embedding_dimension() == 32
+    for name, value in (("embedding_dim", 16), ("max_seq_length", 512), ("min_pixels", 784), ("max_pixels", 78400)):
+        other = recipe(base=str(folder), output="unused", **{**sizes, name: value})
+        with pytest.raises(ValueError, match=f"Setting {name} is {value}; the finished model .* keeps it"):
+            train(other, device="cpu")
+
+
+def test_weights_are_trained_in_float32_unless_told_otherwise(
+    recipe: Callable[..., Recipe], base: Path, data: Path
+) -> None:
+    ViPyloQwen.create(base, 16, dtype="bfloat16", device="cpu").save_pretrained(str(data / "half"))
+    settings = {"base": str(data / "half"), "dtype": None, "max_seq_length": None, "max_steps": 1, "bf16": True}
+    model = train(recipe(**settings, eval=str(data / "train.jsonl")), device="cpu").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_trainer_gets_every_setting_of_the_published_run(data: Path) -> None:
+    recipe = load_recipe("viPyloqwen-2b.yaml", {"train": "t.jsonl", "eval": "e.jsonl", "output": str(data)})
+    arguments = _training_arguments(recipe, data, "cpu")
+    expected = {
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "per_device_train_batch_size": 24,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.001,
+        "max_grad_norm": 1.0,
+        "bf16": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1000,
+        "save_strategy": "steps",
+        "save_steps": 1000,
+        "logging_steps": 10,
+        "dataloader_num_workers": 4,
+    }
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    assert recipe.dtype == "float32"
+    assert arguments.get_warmup_steps(1000) == 50
+
+
+def test_the_loss_gets_every_setting(recipe: Callable[..., Recipe], model: ViPyloQwen) -> None:
+    options = {
+        "temperature": 0.5,
+        "weights": {"vqa_multi": {"triplet": 3.0}},
+        "margins": {"ocr": 0.4},
+        "negatives": "all",
+        "pair_weight": "uniform",
+        "triplet_scale": "temperature",
+    }
+    got = _make_loss(recipe(**options), model).get_config_dict()
+    usual = PrefixRoutedLoss(model).get_config_dict()
+    assert set(got) == set(options)
+    assert got.pop("weights") == {**usual["weights"], "vqa_multi": {**usual["weights"]["vqa_multi"], "triplet": 3.0}}
+    assert got.pop("margins") == {**usual["margins"], "ocr": 0.4}
+    assert got == {name: value for name, value in options.items() if name not in ("weights", "margins")}
+
+
+def test_the_log_is_strict_json(tmp_path: Path) -> None:
+    progress = TrainingProgress(tmp_path / "log.jsonl", Console(quiet=True))
+    state = TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
+    logs = {"loss": float("nan"), "ocr/triplet": float("inf"), "learning_rate": 0.5}
+    progress.on_log(None, state, None, logs)
+    entry = {"step": 1, "loss": None, "ocr/triplet": None, "learning_rate": 0.5}
+    assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == entry
+
+
+def test_the_bar_can_be_stopped_at_any_time(tmp_path: Path) -> None:
+    progress = TrainingProgress(tmp_path / "log.jsonl", Console(file=io.StringIO(), force_terminal=True))
+    progress.stop()
+    progress.on_train_begin(None, TrainerState(max_steps=2, is_world_process_zero=True), None)
+    assert progress.bar.live.is_started
+    progress.stop()
+    progress.stop()
+    assert not progress.bar.live.is_started
 
 
 @pytest.mark.parametrize("kind", [ViPyloQwen, SentenceTransformer])
