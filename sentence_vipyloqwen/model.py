@@ -54,10 +54,10 @@ class ViPyloQwen(SentenceTransformer):
     Raises:
         ValueError: If the folder is a bare checkpoint or of another architecture, or if code of a folder is to be run.
 
-    Example:
-        >>> model = ViPyloQwen("path")  # doctest: +SKIP
-        >>> model.encode({"image": "invoice.png", "text": "Số tiền?"}, prompt_name="ocr").shape  # doctest: +SKIP
-        (1024,)
+    Example::
+
+        model = ViPyloQwen("path")
+        model.encode({"image": "invoice.png", "text": "Số tiền?"}, prompt_name="ocr")  # (1024,)
     """
 
     default_huggingface_organization = None  # a mistyped folder is not looked for under another's name

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sentence_vipyloqwen.index import store
-from sentence_vipyloqwen.modules.images import MAX_ASPECT_RATIO, MAX_SOURCE_PIXELS, describe, open_image
+from sentence_vipyloqwen.modules.images import describe, image_size, open_image
 from sentence_vipyloqwen.modules.inputs import ALLOWED_IMAGES, ALLOWED_INPUTS, INPUT_KEYS, MAX_IMAGES
 
 Item: TypeAlias = Mapping[str, Any]
@@ -164,21 +164,8 @@ def _keep(image: Any, base: Path, folder: Path, draft: Path) -> str:
     path = Path(os.path.abspath(base / image))
     if not path.is_file():
         raise ValueError(f"there is no image file {describe(path)}")
-    _check_header(path)
+    image_size(path)
     return store.copy_image(path, draft) if path.resolve().is_relative_to(folder) else str(path)
-
-
-def _check_header(path: Path) -> None:
-    """Refuse what `open_image` would refuse for its header alone, long before the image is embedded."""
-    try:
-        with Image.open(path) as image:  # reads the header only
-            width, height = image.size
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {describe(path)}: {error}; allowed is {ALLOWED_IMAGES}") from error
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"the image {describe(path)} is {width}x{height}; allowed aspect ratio: {MAX_ASPECT_RATIO}")
-    if width * height > MAX_SOURCE_PIXELS:
-        raise ValueError(f"the image {describe(path)} is {width}x{height}; allowed pixels: {MAX_SOURCE_PIXELS:,}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -51,10 +51,10 @@ class VectorIndex:
         folder: Where it lies on disk.
         items: The items, in the order of their vectors.
 
-    Example:
-        >>> index = VectorIndex.build(model, [{"id": "a", "text": "hoá đơn"}], "folder")  # doctest: +SKIP
-        >>> index.search("hóa đơn", k=1)[0].id  # doctest: +SKIP
-        'a'
+    Example::
+
+        index = VectorIndex.build(model, [{"id": "a", "text": "hóa đơn tiền điện"}], "folder")
+        index.search("electricity bill", k=1)[0].id  # "a"
     """
 
     def __init__(

@@ -79,9 +79,10 @@ class PrefixRoutedLoss(nn.Module):
 
     Source of the method: EraX-AI, viPyloQwen README and paper drafts (2025).
 
-    Example:
-        >>> loss = PrefixRoutedLoss(model, margins={"ocr": 0.3})  # doctest: +SKIP
-        >>> trainer = SentenceTransformerTrainer(model, train_dataset=train, loss=loss)  # doctest: +SKIP
+    Example::
+
+        loss = PrefixRoutedLoss(model, margins={"ocr": 0.3})
+        trainer = SentenceTransformerTrainer(model, train_dataset=load_tasks("train.jsonl"), loss=loss)
     """
 
     def __init__(

@@ -10,6 +10,8 @@ import binascii
 import io
 import struct
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
@@ -49,14 +51,23 @@ def open_image(source: ImageSource, *, allow_urls: bool = False) -> Image.Image:
         _check_size(image.size, source)
         return image
     if isinstance(source, Image.Image):
+        _check_size(source.size, source)
         return _decode(source, source)
-    try:
-        with Image.open(_readable(source, allow_urls)) as image:
-            return _decode(image, source)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the image {describe(source)} is too large: {error}") from error
-    except (*_BROKEN, binascii.Error, HTTPException) as error:
-        raise ValueError(f"cannot read the image {describe(source)}: {error}; allowed is {ALLOWED_IMAGES}") from error
+    with _opened(source, allow_urls) as image:
+        return _decode(image, source)
+
+
+def image_size(source: Path | str) -> tuple[int, int]:
+    """Width and height of an image, read from its header: nothing is decoded.
+
+    Args:
+        source: A path or a ``data:image/...`` URI.
+
+    Raises:
+        ValueError: As :func:`open_image` for what the header shows.
+    """
+    with _opened(source, allow_urls=False) as image:
+        return image.size
 
 
 def image_key(image: Image.Image) -> int:
@@ -77,8 +88,19 @@ def describe(source: ImageSource) -> str:
     return repr(text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)")
 
 
+@contextmanager
+def _opened(source: Path | str, allow_urls: bool) -> Iterator[Image.Image]:
+    try:
+        with Image.open(_readable(source, allow_urls)) as image:
+            _check_size(image.size, source)
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image {describe(source)} is too large: {error}") from error
+    except (*_BROKEN, binascii.Error, HTTPException) as error:
+        raise ValueError(f"cannot read the image {describe(source)}: {error}; allowed is {ALLOWED_IMAGES}") from error
+
+
 def _decode(image: Image.Image, source: ImageSource) -> Image.Image:
-    _check_size(image.size, source)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except _BROKEN as error:

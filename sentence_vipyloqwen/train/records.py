@@ -21,8 +21,6 @@ which are joined by newlines; `image` is a path relative to the file, a `data:` 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import os
 from collections import Counter
@@ -30,15 +28,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from sentence_vipyloqwen.modules.images import MAX_ASPECT_RATIO, MAX_SOURCE_PIXELS
+from sentence_vipyloqwen.modules.images import image_size
 from sentence_vipyloqwen.modules.inputs import IMAGE_PLACEHOLDER, INPUT_KEYS, MAX_IMAGES
 from sentence_vipyloqwen.tasks import ALL_TASKS, GENERAL, SCORE_MSE, Task, split_prefix
 
@@ -452,7 +448,7 @@ def _prefixed(name: str, side: Side, task: Task, bears_prefix: bool) -> Side:
 
 
 def _check_image(source: str) -> None:
-    fault = _data_uri_fault(source) if source.startswith("data:") else _file_fault(source)
+    fault = _fault(source) if source.startswith("data:") else _file_fault(source)
     if fault:
         raise ValueError(fault)
 
@@ -460,29 +456,12 @@ def _check_image(source: str) -> None:
 @lru_cache(maxsize=1 << 16)
 def _file_fault(path: str) -> str | None:
     """What is wrong with an image file; remembered, as many records share an image."""
-    if not os.path.isfile(path):
-        return f"image {path}: no such file"
-    return _header_fault(f"image {path}", path)
+    return _fault(Path(path))
 
 
-def _data_uri_fault(uri: str) -> str | None:
-    head, _, data = uri.partition(",")
+def _fault(source: str | Path) -> str | None:
     try:
-        return _header_fault(f"image {head},...", BytesIO(base64.b64decode(data, validate=True)))
-    except binascii.Error as error:
-        return f"image {head},...: not base64 ({error})"
-
-
-def _header_fault(name: str, file: str | BinaryIO) -> str | None:
-    try:
-        with Image.open(file) as image:  # reads the header alone
-            width, height = image.size
-    except Image.UnidentifiedImageError:
-        return f"{name}: no image format that PIL knows"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return f"{name}: {error}"
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        return f"{name}: {width}x{height}; allowed: an aspect ratio up to {MAX_ASPECT_RATIO}"
-    if width * height > MAX_SOURCE_PIXELS:
-        return f"{name}: {width}x{height}; allowed: up to {MAX_SOURCE_PIXELS:,} pixels"
+        image_size(source)
+    except ValueError as error:
+        return str(error)
     return None

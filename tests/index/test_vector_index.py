@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.index import VectorIndex, fingerprint
-from sentence_vipyloqwen.index import items as index_items
+from sentence_vipyloqwen.modules import images
 
 TEXTS = [
     "hóa đơn số 12", "hợp đồng thuê nhà", "biển số xe", "tổng số tiền phải trả", "thời hạn thanh toán",
@@ -279,7 +279,7 @@ def bad_image(tmp_path, picture, monkeypatch) -> Callable[[str], str]:
         elif fault == "cut":
             path.write_bytes(path.read_bytes()[:20])
         elif fault == "large":
-            monkeypatch.setattr(index_items, "MAX_SOURCE_PIXELS", 799)
+            monkeypatch.setattr(images, "MAX_SOURCE_PIXELS", 799)
         elif fault == "bomb":
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 399)  # Pillow refuses from twice as many
         return path.name
@@ -292,9 +292,9 @@ def bad_image(tmp_path, picture, monkeypatch) -> Callable[[str], str]:
     [
         ("text", "cannot read the image .*hỏng.png.*cannot identify"),
         ("cut", "cannot read the image .*hỏng.png"),
-        ("long", "hỏng.png' is 402x2; allowed aspect ratio: 200"),
-        ("large", "hỏng.png' is 40x20; allowed pixels: 799"),
-        ("bomb", "cannot read the image .*hỏng.png.*decompression bomb"),
+        ("long", "hỏng.png' measures 402x2; the aspect ratio must be at most 200"),
+        ("large", "hỏng.png' has 800 pixels; at most 799"),
+        ("bomb", "the image .*hỏng.png.* is too large: .*decompression bomb"),
     ],
 )
 def test_a_broken_image_names_its_line_before_anything_is_embedded(
