@@ -148,6 +148,7 @@ class _Steps:
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, work: Any) -> Any:
+        """Do a step's work and return its result."""
         self.console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/]")
         start = time.perf_counter()
         result = work()
