@@ -51,8 +51,8 @@ WORDS = [
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=128, help="inputs of each kind")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of both sides")
+    parser.add_argument("--rows", type=int, default=48, help="inputs of each kind")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = make_model(Path(folder))
