@@ -48,7 +48,6 @@ class Qwen2VLTransformer(InputModule):
 
     config_file_name = "sentence_bert_config.json"
     save_in_root = True
-    forward_kwargs: set[str] = set()
 
     def __init__(
         self, model: Qwen2VLModel, tokenizer: Any, image_processor: Qwen2VLImageProcessorPil, allow_urls: bool = False
