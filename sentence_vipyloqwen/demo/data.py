@@ -106,7 +106,7 @@ class DemoSizes:
         vqa_questions=7,
         vqa_multi=3000,
         captions=2000,
-        lines=20_000,
+        lines=15_000,
         pages=150,
         questions_per_page=2,
         text_pairs=3000,

@@ -247,4 +247,4 @@ def _queries(records: Sequence[Record]) -> list[tuple[dict[str, Any], str | None
 def _unprefixed(record: Record) -> dict[str, Any]:
     """The record's anchor without its prefix, which the query names as its prompt."""
     query = record.anchor.as_input()
-    return {**query, "text": split_prefix(query["text"])[1]}
+    return {**query, "text": split_prefix(query["text"])[1].lstrip()}

@@ -65,7 +65,8 @@ _CAPTIONS = {
 _RIVALS = {"party_a": "party_b", "party_b": "party_a", "total": "tax", "tax": "total"}
 _INKS = ((20, 20, 30), (25, 35, 90), (60, 30, 20), (15, 60, 40))
 _PAPERS = ((255, 255, 255), (252, 250, 242), (244, 248, 252), (246, 246, 246))
-_LINE_FACES = ("DejaVuSans", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold")
+_LINE_FACES = ("DejaVuSans", "DejaVuSans-Bold")
+_LINE_INDENT = 8  # pixels at most
 _LONGEST_LINE = 24  # characters
 _SPECKS = 0.03  # of the pixels
 _SPECK_CONTRAST = 30  # grey levels either way
@@ -287,12 +288,16 @@ def fit(text: str, face: str, size: int, width: float) -> ImageFont.FreeTypeFont
 
 
 def render_line(line: Line, rng: random.Random) -> Image.Image:
-    """The line in one of five faces, its size, place, ink and paper varied a little."""
+    """The line in a plain or a bold face, its size, indent, ink and paper varied a little.
+
+    It stands on the middle of the height and begins near the left edge, as on a form: a tower that has read nothing yet
+    takes several times as long to find letters that stray over its patches.
+    """
     width, height = LINE_SIZE
     canvas = Image.new("RGB", LINE_SIZE, rng.choice(_PAPERS))
     chosen = fit(line.text, rng.choice(_LINE_FACES), rng.randint(15, 18), width - 8)
     room = width - 4 - chosen.getlength(line.text)
-    at = (rng.uniform(4, max(4, min(room, 24))), height / 2 + rng.uniform(-1, 1))
+    at = (rng.uniform(4, max(4, min(room, _LINE_INDENT))), height / 2)
     ImageDraw.Draw(canvas).text(at, line.text, rng.choice(_INKS), chosen, anchor="lm")
     return _add_specks(canvas, rng)
 

@@ -9,34 +9,18 @@ def _listed(text: str) -> tuple[str, ...]:
 
 BUSINESS_WORDS = _listed(
     """
-    hóa đơn, biên lai, hợp đồng, phụ lục, điều khoản, chữ ký, con dấu, giám đốc, kế toán, thủ quỹ, nhân viên,
-    khách hàng, người mua, người bán, bên thuê, đơn vị, địa chỉ, điện thoại, mã số, thuế suất, tiền thuế,
-    tiền mặt, chuyển khoản, tài khoản, ngân hàng, chi nhánh, số dư, lãi suất, vay vốn, trả góp, đặt cọc,
-    thanh toán, tạm ứng, hoàn tiền, giảm giá, khuyến mãi, giá bán, đơn giá, thành tiền, tổng cộng, số lượng,
-    trọng lượng, kích thước, màu sắc, chất liệu, sản phẩm, hàng hóa, kho hàng, nhập kho, xuất kho, tồn kho,
-    vận chuyển, giao hàng, nhận hàng, bốc xếp, đóng gói, bảo hành, bảo hiểm, bảo trì, sửa chữa, lắp đặt,
-    kiểm tra, nghiệm thu, bàn giao, quyết toán, ngân sách, chi phí, doanh thu, lợi nhuận, cổ phần, cổ đông,
-    vốn góp, đầu tư, dự án, kế hoạch, báo cáo, biên bản, quyết định, thông báo, công văn, tờ trình, đề nghị,
-    yêu cầu, phê duyệt, ký tên, xác nhận, công chứng, giấy phép, đăng ký, kinh doanh, thương mại, dịch vụ,
-    sản xuất, xây dựng, vật liệu, xi măng, sắt thép, gạch ngói, cát đá, gỗ, sơn, kính, nhôm, ống nước,
-    dây điện, máy bơm, máy tính, máy in, bàn ghế, tủ sách, giấy, bút, mực, sổ, kẹp, băng keo, điện, nước,
-    xăng, dầu, ga, than, gạo, bún, phở, bánh mì, cà phê, trà, sữa, đường, muối, nước mắm, rau, củ, quả,
-    thịt bò, thịt gà, cá, tôm, mực khô, trứng, đậu phụ, bưởi, cam, chuối, xoài, dứa, ổi, nhãn, vải thiều,
-    sầu riêng, thanh long, hạt điều, hồ tiêu, cao su, dệt may, da giày, thủy sản, nông sản, phân bón, thuốc,
-    bệnh viện, trường học, khách sạn, nhà hàng, siêu thị, chợ, cửa hàng, văn phòng, nhà xưởng, căn hộ,
-    mặt bằng, đất, ruộng, vườn, đường phố, quận, huyện, xã, phường, thị trấn, tỉnh, thành phố, làng, thôn,
-    ngõ, ngách, tầng, phòng, cửa, sân, cổng, cầu, bến xe, nhà ga, sân bay, cảng, tàu, thuyền, xe tải, xe máy,
-    ô tô, xe buýt, tắc xi, vé, hành lý, lịch trình, khởi hành, điểm đến, ngày, tháng, năm, giờ, phút, sáng,
-    trưa, chiều, tối, hôm nay, ngày mai, tuần, quý, thời hạn, gia hạn, hết hạn, bắt đầu, kết thúc, họ tên,
-    tuổi, giới tính, quốc tịch, dân tộc, nghề nghiệp, học vấn, lương, thưởng, phụ cấp, nghỉ phép, tuyển dụng,
-    thử việc, đào tạo, thực tập, tốt nghiệp, bằng cấp, kỹ sư, bác sĩ, giáo viên, luật sư, thợ may, thợ điện,
-    công nhân, nông dân, gia đình, vợ, chồng, con, ông, bà, cha, mẹ, anh, chị, em, bạn, mới, cũ, lớn, nhỏ,
-    dài, ngắn, cao, thấp, rộng, hẹp, nặng, nhẹ, đỏ, xanh, vàng, trắng, đen, nâu, tím, hồng, một, hai, ba,
-    bốn, năm mươi, sáu, bảy, tám, chín, mười, trăm, nghìn, triệu, tỷ, đồng, miễn phí, ưu đãi, chất lượng,
-    uy tín, an toàn, nhanh, chậm, đúng, đủ, thiếu, thừa
+    hóa đơn, biên lai, hợp đồng, phụ lục, chữ ký, con dấu, giám đốc, kế toán, thủ quỹ, nhân viên, khách hàng,
+    người mua, người bán, đơn vị, địa chỉ, điện thoại, mã số, thuế suất, tiền mặt, tài khoản, ngân hàng,
+    chi nhánh, lãi suất, đặt cọc, thanh toán, tạm ứng, giảm giá, đơn giá, thành tiền, tổng cộng, số lượng,
+    kích thước, màu sắc, sản phẩm, nhập kho, xuất kho, vận chuyển, giao hàng, bảo hành, sửa chữa, kiểm tra,
+    bàn giao, chi phí, doanh thu, lợi nhuận, cổ phần, đầu tư, dự án, báo cáo, giấy phép, đăng ký, dịch vụ,
+    xây dựng, văn phòng, cửa hàng, thời hạn, gia hạn, bắt đầu, kết thúc, miễn phí, gỗ, sơn, kính, giấy, bút, mực,
+    sổ, điện, nước, xăng, than, gạo, trà, sữa, đường, muối, rau, cá, tôm, cam, chuối, đất, vườn, quận, huyện, xã,
+    tỉnh, tầng, phòng, cửa, cầu, cảng, tàu, vé, ngày, tháng, năm, giờ, sáng, chiều, tuần, quý, tuổi, lương,
+    thưởng, mới, cũ, lớn, nhỏ, đỏ, xanh, vàng, trắng, đen, hai, ba, sáu, bảy, trăm, nghìn, triệu, đồng
     """
 )
-"""Common words of business documents, in no particular order."""
+"""Words of business documents, a few more than a hundred: a short training sees each of them often."""
 
 SURNAMES = _listed(
     """

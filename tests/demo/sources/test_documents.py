@@ -38,6 +38,7 @@ def test_lines_are_one_to_three_words_that_fit() -> None:
         assert pixels.shape == documents.LINE_SIZE[::-1]
         assert ink.sum() > 15  # something is written
         assert not ink[:, :2].any() and not ink[:, -2:].any()  # and it does not run off the page
+        assert ink.any(axis=0).argmax() <= 12  # its first letter stands near the left edge
 
 
 @pytest.mark.parametrize("domain", documents.PAGE_SIZES)
