@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from sentence_transformers.util import fullname, load_file_path
-from torch import nn
+from sentence_transformers.util import batch_to_device, fullname, load_file_path, truncate_embeddings
+from torch import Tensor, nn
+from tqdm.autonotebook import tqdm
 
 from sentence_vipyloqwen.modules import DenseHead, MeanPooling, Qwen2VLTransformer
+from sentence_vipyloqwen.modules.batching import Load, batch_budget
+from sentence_vipyloqwen.modules.encoding import embed
 from sentence_vipyloqwen.modules.inputs import ParsedInput, parse_inputs
 from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MAX_SEQ_LENGTH, MIN_PIXELS
+from sentence_vipyloqwen.modules.sharding import inference
+from sentence_vipyloqwen.quantize import QuantizableMixin, check_request, quantize_int8
 from sentence_vipyloqwen.tasks import PROMPTS
 
 EMBEDDING_DIM = 1024
@@ -39,20 +44,29 @@ _STOCK_BY_OURS: Mapping[str, type[nn.Module]] = {
 }
 
 
-class ViPyloQwen(SentenceTransformer):
+class ViPyloQwen(QuantizableMixin, SentenceTransformer):
     """One embedding space for text, images, and any mix of text with 1 to 5 images.
 
     Everything a ``SentenceTransformer`` does, it does: ``encode``, ``similarity``, ``save_pretrained``,
     ``push_to_hub``, training with ``SentenceTransformerTrainer``. What it saves, plain
     ``SentenceTransformer("path")`` loads, without this package and without ``trust_remote_code``.
 
+    ``encode`` computes equal inputs once, and an image that several inputs begin with once for each batch. It forms
+    batches within three bounds and takes two of them as further arguments: ``batch_size`` inputs, ``token_budget``
+    language-model tokens (by default 2048 on a CPU, 16384 elsewhere) and ``patch_budget`` vision patches (by default 4
+    times as many), each for one forward pass. Where memory runs out, it halves the budgets and goes on. Outputs other
+    than embeddings know ``batch_size`` alone.
+
     Args:
         model_name_or_path: Folder or Hub id of a model that this class (or plain Sentence Transformers) saved. To
             begin from a Qwen2-VL checkpoint, use :meth:`create`.
+        quantize: ``"int8"`` for int8 linear layers on a CPU (extra ``int8``), for inference only: see
+            :mod:`sentence_vipyloqwen.quantize` for when it pays. The folder is not changed.
         **kwargs: The keyword arguments of ``SentenceTransformer``, ``trust_remote_code`` excepted.
 
     Raises:
         ValueError: If the folder is a bare checkpoint or of another architecture, or if code of a folder is to be run.
+            If ``quantize`` is unknown, the device is not a CPU, or the model has an adapter.
 
     Example::
 
@@ -62,7 +76,12 @@ class ViPyloQwen(SentenceTransformer):
 
     default_huggingface_organization = None  # a mistyped folder is not looked for under another's name
 
-    def __init__(self, model_name_or_path: str | Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model_name_or_path: str | Path | None = None, *, quantize: str | None = None, **kwargs: Any
+    ) -> None:
+        check_request(quantize, kwargs.get("device"))
+        if quantize is not None:
+            kwargs["device"] = kwargs.get("device") or "cpu"
         if kwargs.get("trust_remote_code"):
             raise ValueError("ViPyloQwen never runs code from a model folder: trust_remote_code=True is not allowed.")
         path = str(model_name_or_path) if model_name_or_path is not None else None
@@ -72,6 +91,8 @@ class ViPyloQwen(SentenceTransformer):
             )
         super().__init__(path, **kwargs)
         self.model_card_data.widget = self.model_card_data.widget or [dict(CARD_EXAMPLE)]
+        if quantize is not None:
+            quantize_int8(self)
 
     @classmethod
     def create(
@@ -145,6 +166,16 @@ class ViPyloQwen(SentenceTransformer):
         """
         return self[0].preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
 
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Run all modules over the features of a batch; what is packed stays so up to :class:`MeanPooling`.
+
+        Args:
+            input: The features.
+            **kwargs: For the modules. With ``padded_output=True`` the result has ``token_embeddings`` (B, L, hidden).
+        """
+        takes_packed = len(self) > 1 and isinstance(self[1], MeanPooling)
+        return super().forward(input, **{"padded_output": not takes_packed, **kwargs})
+
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add a ``peft`` adapter, e.g. a ``LoraConfig``; the five task tokens are trained and saved with it.
 
@@ -191,10 +222,55 @@ class ViPyloQwen(SentenceTransformer):
 
     # Private seams, each held by a test that fails when Sentence Transformers moves it.
     #
-    # Where batches are formed: `encode` sorts its inputs there. Parsed before, a bad one is named by the place that the
-    # caller gave it.
-    def _inference(self, inputs: list[Any], *, prompt: str | None = None, **kwargs: Any) -> Any:
-        return super()._inference(parse_inputs(inputs, prompt), prompt=None, **kwargs)
+    # Where batches are formed. For embeddings the loop is our own; what else `encode` may give back is per token, and
+    # comes from Sentence Transformers' loop. Inputs are parsed before: a bad one is named by its place with the caller.
+    def _inference(
+        self,
+        inputs: list[Any],
+        *,
+        batch_size: int,
+        prompt: str | None = None,
+        output_value: str | None = "sentence_embedding",
+        device: str | torch.device | None = None,
+        token_budget: int | None = None,
+        patch_budget: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        parsed = parse_inputs(inputs, prompt)
+        target = self._resolve_inference_device(device)
+        budget = batch_budget(target.type, batch_size, token_budget, patch_budget)
+        if output_value == "sentence_embedding":
+            with inference(self):
+                return self._embed(parsed, target, budget, **kwargs)
+        options = {"prompt": None, "batch_size": batch_size, "output_value": output_value, "device": device, **kwargs}
+        return super()._inference(parsed, **{**options, "padded_output": True})
+
+    def _embed(
+        self,
+        inputs: list[ParsedInput],
+        device: torch.device,
+        budget: Load,
+        *,
+        show_progress_bar: bool,
+        save_to_cpu: bool,
+        normalize_embeddings: bool,
+        truncate_dim: int | None,
+        processing_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        def forward(features: dict[str, Any]) -> Tensor:
+            embeddings = self(batch_to_device(features, device), **kwargs)["sentence_embedding"]  # (B, D)
+            if truncate_dim is not None:
+                embeddings = truncate_embeddings(embeddings, truncate_dim)
+            if normalize_embeddings:
+                embeddings = nn.functional.normalize(embeddings, dim=1)
+            return embeddings.cpu() if save_to_cpu else embeddings
+
+        self.eval()
+        limit = self[0].token_limit(processing_kwargs)
+        with tqdm(total=len(inputs), desc="Inputs", disable=not show_progress_bar) as progress:
+            vectors = embed(inputs, self[0], forward, budget, limit, progress.update, ahead=device.type != "cpu")
+        return torch.stack(vectors) if vectors else torch.tensor([], device=device)
 
     @staticmethod
     def _input_length(sample: ParsedInput) -> int:

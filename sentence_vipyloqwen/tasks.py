@@ -73,15 +73,17 @@ PROMPTS: Mapping[str, str] = MappingProxyType({task.name: task.prompt for task i
 
 
 def split_prefix(text: str) -> tuple[Task, str]:
-    """Split a text into the task of its prefix and the rest, white space around the prefix removed.
+    """Split a text into the task of its prefix and what follows, as written: the space after a prefix is kept.
 
-    >>> split_prefix("<ocr> Tổng cộng?")[0].name, split_prefix("<ocr> Tổng cộng?")[1]
-    ('ocr', 'Tổng cộng?')
+    White space before a prefix belongs to it; a text without a prefix is returned whole.
+
+    >>> split_prefix(" <ocr> Tổng cộng?")[0].name, split_prefix(" <ocr> Tổng cộng?")[1]
+    ('ocr', ' Tổng cộng?')
     >>> split_prefix("Tổng cộng? <ocr>")[0].name
     'general'
     """
     head = text.lstrip()
     for task in TASKS.values():
         if task.token and head.startswith(task.token):
-            return task, head[len(task.token) :].lstrip()
+            return task, head[len(task.token) :]
     return GENERAL, text

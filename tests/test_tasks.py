@@ -29,10 +29,11 @@ def test_prompts_are_named_as_the_tasks() -> None:
 @pytest.mark.parametrize(
     ("text", "task", "rest"),
     [
-        ("<ocr> Tổng?", "ocr", "Tổng?"),
+        ("<ocr> Tổng?", "ocr", " Tổng?"),
         ("  <vqa_multi>a", "vqa_multi", "a"),
         ("<ocr><instr> a", "ocr", "<instr> a"),
         ("Tổng? <ocr>", "general", "Tổng? <ocr>"),
+        (" a", "general", " a"),
         ("", "general", ""),
     ],
 )

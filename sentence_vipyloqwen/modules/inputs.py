@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sentence_vipyloqwen.modules.spool import Spool
 from sentence_vipyloqwen.tasks import Task, split_prefix
 
 MAX_IMAGES = 5
@@ -29,18 +30,53 @@ ALLOWED_INPUTS = (
 ImageSource: TypeAlias = Image.Image | np.ndarray | torch.Tensor | Path | str
 
 
+@dataclass(frozen=True, eq=False)
+class FetchedImage:
+    """The image of a URL, once it is fetched. Data loader workers can send it.
+
+    Attributes:
+        url: Where it came from; named in errors.
+        spool: What keeps the file's bytes.
+        span: Where they stand there: start and length.
+    """
+
+    url: str
+    spool: Spool = field(repr=False)
+    span: tuple[int, int]
+
+    @classmethod
+    def of(cls, url: str, data: bytes, spool: Spool) -> FetchedImage:
+        """Keep a file's bytes."""
+        return cls(url, spool, spool.keep(data))
+
+    @property
+    def data(self) -> bytes:
+        """The file's bytes."""
+        return self.spool.read(*self.span)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.url, self.data)
+
+
+def _received(url: str, data: bytes) -> FetchedImage:
+    return FetchedImage.of(url, data, Spool())
+
+
+AnySource: TypeAlias = ImageSource | FetchedImage
+
+
 @dataclass(frozen=True)
 class ParsedInput:
     """One input in the order in which the model reads it: images, prefix, text.
 
     Attributes:
-        images: Up to five image sources, unopened.
+        images: Up to five image sources, unopened; URLs become fetched images when the input is rendered.
         task: The task whose prefix heads the text; ``GENERAL`` where there is none.
         text: What follows the prefix, as it was written, without ``<image>`` placeholders.
         index: The input's place among those the caller passed; named in errors.
     """
 
-    images: tuple[ImageSource, ...]
+    images: tuple[AnySource, ...]
     task: Task
     text: str
     index: int = field(compare=False)
@@ -73,7 +109,7 @@ def _parse(item: Any, index: int, prompt: str) -> ParsedInput:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"Input {index}: its text is not valid Unicode: {error}.") from error
-    task, rest = split_task_prefix(prompt + _without_prefix_of(prompt, text, index))
+    task, rest = split_prefix(prompt + _without_prefix_of(prompt, text, index))
     return ParsedInput(images, task, rest, index)
 
 
@@ -86,15 +122,7 @@ def _without_prefix_of(prompt: str, text: str, index: int) -> str:
         raise ValueError(
             f"Input {index} bears the prefix {own.token}, but its prompt is {asked.token}; allowed is one."
         )
-    return rest
-
-
-def split_task_prefix(text: str) -> tuple[Task, str]:
-    """Split off the prefix but keep the text behind it as written: the space after a prefix is part of its tokens."""
-    task, _ = split_prefix(text)
-    if task.token is None:
-        return task, text
-    return task, text[text.index(task.token) + len(task.token) :]
+    return rest.lstrip()  # the prompt brings a space of its own
 
 
 def _split(item: Any, index: int) -> tuple[tuple[ImageSource, ...], str]:

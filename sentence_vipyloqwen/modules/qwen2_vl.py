@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers.sentence_transformer.modules import InputModule
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
 from transformers.utils import PROCESSOR_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sentence_vipyloqwen.extras import require
-from sentence_vipyloqwen.modules.images import image_key, open_image
-from sentence_vipyloqwen.modules.inputs import MAX_IMAGES, ParsedInput, parse_inputs
-from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, add_task_tokens, render
+from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX, ClosedImages, RowImages, closed_key
+from sentence_vipyloqwen.modules.images import describe, fetch, image_key, image_size, open_image, source_identity
+from sentence_vipyloqwen.modules.inputs import MAX_IMAGES, AnySource, ParsedInput, parse_inputs
+from sentence_vipyloqwen.modules.mean_pooling import PACKED_EMBEDDINGS, PACKING
+from sentence_vipyloqwen.modules.packed_forward import PLAN, keep_vision_in_step, prepare, run_packed, select_patches
+from sentence_vipyloqwen.modules.packing import Packing, pack
+from sentence_vipyloqwen.modules.patches import (
+    CutImage,
+    Grid,
+    ImagePatchCache,
+    cut,
+    grid_of,
+    resized_size,
+    to_pixel_values,
+)
+from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, RenderedInput, add_task_tokens, render
+from sentence_vipyloqwen.modules.spool import Spool
+
+Made = TypeVar("Made")
 
 MODEL_TYPE = "qwen2_vl"
 MAX_SEQ_LENGTH = 8192
@@ -44,19 +61,37 @@ class Qwen2VLTransformer(InputModule):
 
     Attributes:
         allow_urls: Whether image URLs are fetched; ``False`` by default.
+        jpeg_draft: Whether a JPEG far larger than the pixel budget is decoded at a fraction of its size, which is
+            faster but not exact: see :func:`~sentence_vipyloqwen.modules.images.open_image`. ``False`` by default.
+        lazy_images: Whether :meth:`preprocess` leaves images closed and :meth:`forward` opens them, so that a loss that
+            runs a batch by mini-batches holds the pixels of one alone. They are then opened in the training process,
+            twice under gradient caching, and one that cannot be decoded is found in the step. ``False`` by default:
+            patches are bytes, and data loader workers cut them ahead.
+        packed: Whether batches are packed, which changes no value: by default with every attention that can. Under
+            dropout rows then share the masks of what they share; ``False`` gives each row its own.
     """
 
     config_file_name = "sentence_bert_config.json"
     save_in_root = True
+    # `encode` may be given the budgets, which ViPyloQwen takes; it gives `forward` the other.
+    forward_kwargs = {"token_budget", "patch_budget", "padded_output"}
 
     def __init__(
-        self, model: Qwen2VLModel, tokenizer: Any, image_processor: Qwen2VLImageProcessorPil, allow_urls: bool = False
+        self,
+        model: Qwen2VLModel,
+        tokenizer: Any,
+        image_processor: Qwen2VLImageProcessorPil,
+        allow_urls: bool = False,
+        jpeg_draft: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.allow_urls = allow_urls
+        self.jpeg_draft = jpeg_draft
+        self.lazy_images = False
+        self.packed = prepare(model)
         self.control = ControlTokens.of(tokenizer)
         tokenizer.padding_side = "right"
 
@@ -84,7 +119,7 @@ class Qwen2VLTransformer(InputModule):
         max_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Turn a batch of inputs into features.
+        """Turn a batch of inputs into features: parse, :meth:`render` and :meth:`collate` them.
 
         Args:
             inputs: B inputs; see :data:`sentence_vipyloqwen.modules.inputs.ALLOWED_INPUTS`.
@@ -94,73 +129,217 @@ class Qwen2VLTransformer(InputModule):
             **kwargs: Accepted for Sentence Transformers' sake (``task``), without effect.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (B, L) int64, padded on the right; ``image_keys``
-            (B, 5) int64, 0 = no image; and where the batch has I > 0 images of P patches in all: ``pixel_values``
-            (P, 1176) float32, ``image_grid_thw`` (I, 3) and ``num_images_per_sample`` (B,) int64.
+            The features of :meth:`collate`; with :attr:`lazy_images` those of :meth:`collate_closed`.
 
         Raises:
             ValueError: If an input is not allowed or its images do not fit the limit; the message names its position.
+        """
+        limit = self.token_limit(processing_kwargs, max_length)
+        try:
+            rows = self.render(parse_inputs(inputs, prompt), limit)
+            return self.collate_closed(rows) if self.lazy_images else self.collate(rows)
+        except TypeError as error:  # Sentence Transformers would swallow it and call again, without the prompt
+            raise RuntimeError(f"preprocessing failed: {error}") from error
+
+    def token_limit(
+        self, processing_kwargs: Mapping[str, Mapping[str, Any]] | None = None, max_length: int | None = None
+    ) -> int:
+        """Most tokens of an input in one call: its own limit where it has one, else :attr:`max_seq_length`.
+
+        Args:
+            processing_kwargs: ``{"text": {"max_length": 512}}``.
+            max_length: The same limit as the trainer passes it.
+
+        Raises:
+            ValueError: If ``processing_kwargs`` has anything else, or the limit is not a whole number, at least 1.
         """
         limits = [limit for limit in (_text_limit(processing_kwargs), max_length) if limit is not None]
         limit = limits[0] if limits else self.max_seq_length
         if not isinstance(limit, int) or limit < 1:
             raise ValueError(f"max_length is {limit!r}; allowed is a whole number of tokens, at least 1.")
-        try:
-            return self._preprocess(parse_inputs(inputs, prompt), limit)
-        except TypeError as error:  # Sentence Transformers would swallow it and call again, without the prompt
-            raise RuntimeError(f"preprocessing failed: {error}") from error
+        return limit
 
-    def _preprocess(self, inputs: list[ParsedInput], max_length: int) -> dict[str, Tensor]:
-        images = [self._open_images(item) for item in inputs]
-        vision = self._vision_features([image for row in images for image in row])
-        lengths = self._image_lengths(vision, [len(row) for row in images])
-        rows = render(inputs, lengths, self.tokenizer, self.control, max_length)
-        if vision:
-            vision["num_images_per_sample"] = torch.tensor([len(row) for row in images])
-        return self._text_features(rows) | vision | {"image_keys": _image_keys(images)}
+    def render(self, inputs: Sequence[ParsedInput], max_length: int) -> list[RenderedInput]:
+        """Turn inputs into rows of token ids; images tell their sizes, none is decoded.
 
-    def _open_images(self, item: ParsedInput) -> list[Image.Image]:
-        opened = []
+        Args:
+            inputs: Parsed inputs.
+            max_length: Most tokens of a row; only text is cut to fit.
+
+        Returns:
+            A row for each input. An image of a URL is fetched now and kept for the rows, on disk if there are many.
+
+        Raises:
+            ValueError: If an image's header cannot be read, or an input's images do not fit the limit.
+        """
+        known: dict[str | int, tuple[AnySource, Grid]] = {}
+        spool = Spool()
+        sized = [self._size(item, known, spool) for item in inputs]
+        items, grids = [item for item, _ in sized], [of_images for _, of_images in sized]
+        return render(items, grids, self.tokenizer, self.control, self.image_processor.merge_size, max_length)
+
+    def _size(
+        self, item: ParsedInput, known: dict[str | int, tuple[AnySource, Grid]], spool: Spool
+    ) -> tuple[ParsedInput, tuple[Grid, ...]]:
+        """Find the grid of each image of an input, once for each image of a batch, and fetch what is a URL."""
         for position, source in enumerate(item.images):
-            try:
-                opened.append(open_image(source, allow_urls=self.allow_urls))
-            except ValueError as error:
-                raise ValueError(f"Input {item.index}, image {position}: {error}") from error
-        return opened
+            if (identity := source_identity(source)) not in known:
+                with _named(item, position):
+                    fetched = fetch(source, allow_urls=self.allow_urls, spool=spool)
+                    known[identity] = fetched, grid_of(image_size(fetched), self.image_processor)
+        found = [known[source_identity(source)] for source in item.images]
+        return replace(item, images=tuple(source for source, _ in found)), tuple(grid for _, grid in found)
 
-    def _vision_features(self, images: list[Image.Image]) -> dict[str, Tensor]:
-        return dict(self.image_processor(images=images, return_tensors="pt")) if images else {}
+    def collate(self, rows: Sequence[RenderedInput], opened: ImagePatchCache | None = None) -> dict[str, Tensor]:
+        """Turn rendered rows into features; each of their images is opened, resized and cut once.
 
-    def _image_lengths(self, vision: Mapping[str, Tensor], counts: Sequence[int]) -> list[list[int]]:
-        if not vision:
-            return [[] for _ in counts]
-        merged = vision["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2
-        return [row.tolist() for row in merged.split(list(counts))]
+        Args:
+            rows: B rows.
+            opened: Images of the batch before, which need not be opened again; receives this batch's.
 
-    def _text_features(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        ids = [torch.tensor(row) for row in rows]
-        mask = [torch.ones_like(row) for row in ids]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)  # (B, L)
+        Returns:
+            ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (B, L) int64, padded on the right; ``image_keys``
+            (B, 5) int64, 0 = no image; and where the batch has I > 0 images of P patches in all: ``pixel_values``
+            (P, 588) uint8, which :meth:`forward` normalises, ``image_grid_thw`` (I, 3) and ``num_images_per_sample``
+            (B,) int64. An image that occurs twice has its patches twice, as in the stock features.
+
+        Raises:
+            ValueError: If an image cannot be decoded; the message names its input and position.
+        """
+        images = [RowImages.of(row) for row in rows]
+        cut_images = self._open(images, opened if opened is not None else ImagePatchCache())
+        return self._text_features(rows) | _image_features(images, cut_images) | _patches(cut_images)
+
+    def collate_packed(self, rows: Sequence[RenderedInput], opened: ImagePatchCache | None = None) -> dict[str, Any]:
+        """Turn rendered rows into features and plan their packed sequence, for a :meth:`forward` that takes them whole.
+
+        Args:
+            rows: B rows.
+            opened: As for :meth:`collate`.
+
+        Returns:
+            As :meth:`collate`, but that each different image has its patches once, in the order of ``plan``, a
+            :class:`Packing` on the CPU. Where batches are not packed, the features of :meth:`collate`.
+
+        Raises:
+            ValueError: If an image cannot be decoded; the message names its input and position.
+        """
+        if not self.packed:
+            return self.collate(rows, opened)
+        images = [RowImages.of(row) for row in rows]
+        cut_images = self._open(images, opened if opened is not None else ImagePatchCache())
+        features: dict[str, Any] = self._text_features(rows) | _image_features(images, cut_images)
+        plan = pack(features, self.image_processor.merge_size, self.control.image_pad)
+        return features | {PLAN: plan} | _patches(cut_images, plan.images)
+
+    def collate_closed(self, rows: Sequence[RenderedInput]) -> dict[str, Any]:
+        """Turn rendered rows into features without opening their images.
+
+        Args:
+            rows: B rows.
+
+        Returns:
+            As :meth:`collate`, but for pixels and grids. Where the batch has images, ``image_keys`` are those of
+            :func:`closed_key`, and ``closed_images`` with ``row_index`` (B,) int64 say what to open.
+
+        Raises:
+            ValueError: If a file cannot be read; the message names its input and position.
+        """
+        images = tuple(RowImages.of(row) for row in rows)
+        keys = _of_images(images, lambda source, _: closed_key(source))
+        features = self._text_features(rows) | {"image_keys": _key_table(keys)}
+        if any(keys):
+            features |= {CLOSED_IMAGES: ClosedImages(images), ROW_INDEX: torch.arange(len(rows))}
+        return features
+
+    def _opened(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The image features of rows whose images are closed."""
+        rows = features[CLOSED_IMAGES].at(features[ROW_INDEX])
+        cut_images = self._open(rows, ImagePatchCache())
+        opened = _image_features(rows, cut_images) | _patches(cut_images)
+        del opened["image_keys"]  # they have them
+        return {name: value.to(features["input_ids"].device) for name, value in opened.items()}
+
+    def _open(self, rows: Sequence[RowImages], cache: ImagePatchCache) -> list[list[CutImage]]:
+        images = _of_images(rows, lambda source, grid: cache.get(source) or self._cut(source, grid))
+        cache.keep({source_identity(image.source): image for row in images for image in row})
+        return images
+
+    def _cut(self, source: AnySource, grid: Grid) -> CutImage:
+        draft_size = resized_size(grid, self.image_processor) if self.jpeg_draft else None
+        image = open_image(source, draft_size=draft_size)
+        if draft_size is None and grid_of(image.size, self.image_processor) != grid:
+            width, height = image.size
+            raise ValueError(f"the image {describe(source)} measures {width}x{height}, not what its header said before")
+        return CutImage(source, image_key(image), cut(image, grid, self.image_processor))
+
+    def _text_features(self, rows: Sequence[RenderedInput]) -> dict[str, Tensor]:
+        lengths = np.array([len(row.token_ids) for row in rows])
+        real = np.arange(lengths.max()) < lengths[:, None]  # (B, L)
+        ids = np.full(real.shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        ids[real] = np.concatenate([row.token_ids for row in rows])
         return {
-            "input_ids": input_ids,
-            "attention_mask": pad_sequence(mask, batch_first=True),
-            "mm_token_type_ids": (input_ids == self.control.image_pad).long(),
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+            "mm_token_type_ids": torch.from_numpy((ids == self.control.image_pad).astype(np.int64)),
         }
 
     # --- what comes out -----------------------------------------------------------------------------------------------
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add ``token_embeddings`` (B, L, hidden) to the features: the last layer's output."""
+    def forward(self, features: dict[str, Any], padded_output: bool = True, **kwargs: Any) -> dict[str, Any]:
+        """Add the last layer's output to the features.
+
+        Args:
+            features: What :meth:`preprocess` or Sentence Transformers' own module made of a batch.
+            padded_output: Whether the output is padded, as whatever may follow expects it; :class:`MeanPooling` does
+                without.
+            **kwargs: Accepted for Sentence Transformers' sake, without effect.
+
+        Returns:
+            The features with ``token_embeddings`` (B, L, hidden); or, if the batch is packed and the output not to be
+            padded, with ``packing`` and ``packed_embeddings`` (T, hidden).
+        """
+        if CLOSED_IMAGES in features:
+            features = {**features, **self._opened(features)}
+        if not self.packed:
+            features["token_embeddings"] = self._forward_padded(features)
+            return features
+        packing = self._plan(features)
+        patches = self._normalised(select_patches(features, packing), frames=1)
+        tokens = run_packed(self.model, packing, features["input_ids"], patches)
+        if padded_output:
+            features["token_embeddings"] = packing.pad(tokens)
+        else:
+            features |= {PACKING: packing, PACKED_EMBEDDINGS: tokens}
+        return features
+
+    @torch.compiler.disable  # the plan is a different one for each batch
+    def _plan(self, features: Mapping[str, Any]) -> Packing:
+        if PLAN in features:
+            return features[PLAN].to(features["input_ids"].device)
+        return pack(features, self.image_processor.merge_size, self.control.image_pad)
+
+    def _forward_padded(self, features: Mapping[str, Any]) -> Tensor:
+        """(B, L, hidden): the plain call of the transformers model, to which the packed one is held."""
+        embeddings = None  # the model makes them
+        if "pixel_values" not in features:
+            embeddings = keep_vision_in_step(self.model, self.model.get_input_embeddings()(features["input_ids"]))
         output = self.model(
             input_ids=features["input_ids"],
+            inputs_embeds=embeddings,
             attention_mask=features["attention_mask"],
             mm_token_type_ids=features["mm_token_type_ids"],
-            pixel_values=features.get("pixel_values"),
+            pixel_values=self._normalised(features.get("pixel_values")),
             image_grid_thw=features.get("image_grid_thw"),
             use_cache=False,
         )
-        features["token_embeddings"] = output.last_hidden_state
-        return features
+        return output.last_hidden_state
+
+    def _normalised(self, patches: Tensor | None, frames: int | None = None) -> Tensor | None:
+        """Our own uint8 patches in floats; the stock's floats as they are."""
+        if patches is None or patches.dtype != torch.uint8:
+            return patches
+        return to_pixel_values(patches, self.image_processor, frames)
 
     def get_embedding_dimension(self) -> int:
         """Width of a token embedding."""
@@ -322,8 +501,46 @@ def _text_limit(processing_kwargs: Mapping[str, Mapping[str, Any]] | None) -> in
     return (processing_kwargs or {}).get("text", {}).get("max_length")
 
 
-def _image_keys(images: Sequence[Sequence[Image.Image]]) -> Tensor:
-    keys = torch.zeros(len(images), MAX_IMAGES, dtype=torch.int64)
-    for index, row in enumerate(images):
-        keys[index, : len(row)] = torch.tensor([image_key(image) for image in row], dtype=torch.int64)
-    return keys
+@contextmanager
+def _named(item: ParsedInput | RowImages, position: int) -> Iterator[None]:
+    """Say in an error which image of which input it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Input {item.index}, image {position}: {error}") from error
+
+
+def _of_images(rows: Sequence[RowImages], make: Callable[[AnySource, Grid], Made]) -> list[list[Made]]:
+    """What is made of each image of each row; of a source that occurs twice, once."""
+    made: dict[str | int, Made] = {}
+    for row in rows:
+        for position, source in enumerate(row.sources):
+            if (identity := source_identity(source)) not in made:
+                with _named(row, position):
+                    made[identity] = make(source, row.grids[position])
+    return [[made[source_identity(source)] for source in row.sources] for row in rows]
+
+
+def _image_features(rows: Sequence[RowImages], images: Sequence[Sequence[CutImage]]) -> dict[str, Tensor]:
+    keys = _key_table([[image.key for image in row] for row in images])
+    if not any(images):
+        return {"image_keys": keys}
+    return {
+        "image_keys": keys,
+        "image_grid_thw": torch.tensor([(1, *grid) for row in rows for grid in row.grids]),
+        "num_images_per_sample": torch.tensor([len(row) for row in images]),
+    }
+
+
+def _patches(images: Sequence[Sequence[CutImage]], places: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The patches of the images of all rows, or of those at some places among them."""
+    in_order = [image.patches for row in images for image in row]
+    chosen = in_order if places is None else [in_order[place] for place in places]
+    return {"pixel_values": torch.cat(chosen)} if chosen else {}
+
+
+def _key_table(keys: Sequence[Sequence[int]]) -> Tensor:
+    table = torch.zeros(len(keys), MAX_IMAGES, dtype=torch.int64)
+    for index, row in enumerate(keys):
+        table[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return table

@@ -1,4 +1,4 @@
-"""From a parsed input to token ids: images first, then the prefix, then the text.
+"""From a parsed input to a row of token ids: images first, then the prefix, then the text.
 
 ``<|vision_start|>`` ``<|image_pad|>`` * n ``<|vision_end|>`` for each image, the task token, the text's own tokens. The
 chat template that is saved with a model renders the same from the messages of Sentence Transformers.
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from sentence_vipyloqwen.modules.inputs import ParsedInput
+from sentence_vipyloqwen.modules.patches import Grid
 from sentence_vipyloqwen.tasks import TASK_TOKENS, TASKS
 
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
@@ -61,22 +63,39 @@ def add_task_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_tokens([AddedToken(token, lstrip=True, special=True) for token in TASK_TOKENS], special_tokens=True)
 
 
+@dataclass(frozen=True, eq=False)
+class RenderedInput:
+    """One input as the model reads it, but for the pixels: complete in length, nothing decoded.
+
+    Attributes:
+        source: The parsed input: its images, not opened yet, and its index for errors.
+        token_ids: (L,) int32, the whole row: images, prefix, text; cut to the limit.
+        grids: Patch rows and patch columns of each image after resizing.
+    """
+
+    source: ParsedInput
+    token_ids: np.ndarray
+    grids: tuple[Grid, ...]
+
+
 def render(
     inputs: Sequence[ParsedInput],
-    image_lengths: Sequence[Sequence[int]],
+    grids: Sequence[Sequence[Grid]],
     tokenizer: PreTrainedTokenizerBase,
     control: ControlTokens,
+    merge_size: int,
     max_length: int,
-) -> list[list[int]]:
-    """Render a batch to token ids, one list a row, unpadded.
+) -> list[RenderedInput]:
+    """Render a batch to rows of token ids, unpadded.
 
     Only text is cut to fit ``max_length``. Control tokens written in a text are plain text.
 
     Args:
         inputs: The parsed inputs.
-        image_lengths: For each input, the number of merged vision tokens of each of its images.
+        grids: For each input, the patch rows and columns of each of its images.
         tokenizer: Tokenizer that has the task tokens.
         control: The ids of its control tokens.
+        merge_size: Side of the square of patches that becomes one token.
         max_length: Most tokens of a row, images and prefix included.
 
     Raises:
@@ -84,19 +103,29 @@ def render(
     """
     texts = _tokenize([item.text for item in inputs], tokenizer)
     rows = []
-    for item, lengths, text in zip(inputs, image_lengths, texts, strict=True):
-        row = []
-        for length in lengths:
-            row += [control.vision_start, *[control.image_pad] * length, control.vision_end]
-        if item.task.name in control.tasks:
-            row.append(control.tasks[item.task.name])
-        if len(row) > max_length:
+    for item, of_images, text in zip(inputs, grids, texts, strict=True):
+        head = _head(item, of_images, control, merge_size)
+        if len(head) > max_length:
             raise ValueError(
-                f"Input {item.index}: its {len(lengths)} images and prefix take {len(row)} tokens, over the limit of "
-                f"{max_length}; allow more tokens (max_seq_length) or fewer pixels for each image (max_pixels)."
+                f"Input {item.index}: its {len(of_images)} images and prefix take {len(head)} tokens, over the limit "
+                f"of {max_length}; allow more tokens (max_seq_length) or fewer pixels for each image (max_pixels)."
             )
-        rows.append(row + text[: max_length - len(row)])
+        tail = np.array(text[: max_length - len(head)], dtype=np.int32)
+        rows.append(RenderedInput(item, np.concatenate([head, tail]), tuple(of_images)))
     return rows
+
+
+def _head(item: ParsedInput, grids: Sequence[Grid], control: ControlTokens, merge_size: int) -> np.ndarray:
+    """The token ids of the images and the prefix."""
+    parts = [_image_tokens(rows * columns // merge_size**2, control) for rows, columns in grids]
+    prefix = [control.tasks[item.task.name]] if item.task.name in control.tasks else []
+    return np.concatenate([*parts, np.array(prefix, dtype=np.int32)])
+
+
+def _image_tokens(length: int, control: ControlTokens) -> np.ndarray:
+    tokens = np.full(length + 2, control.image_pad, dtype=np.int32)
+    tokens[0], tokens[-1] = control.vision_start, control.vision_end
+    return tokens
 
 
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

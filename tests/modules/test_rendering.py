@@ -3,33 +3,47 @@ from __future__ import annotations
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.modules.inputs import parse_inputs
-from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, render
+from sentence_vipyloqwen.modules.patches import Grid
+from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, RenderedInput, render
 
 
-def tokens(model: ViPyloQwen, item: Any, lengths: tuple[int, ...] = (), limit: int = 100) -> list[str]:
+def row(model: ViPyloQwen, item: Any, grids: tuple[Grid, ...] = (), limit: int = 100) -> RenderedInput:
     module = model[0]
-    row = render(parse_inputs([item]), [lengths], module.tokenizer, module.control, limit)[0]
-    return module.tokenizer.convert_ids_to_tokens(row)
+    return render(parse_inputs([item]), [grids], module.tokenizer, module.control, 2, limit)[0]
+
+
+def tokens(model: ViPyloQwen, *args: Any) -> list[str]:
+    return model.tokenizer.convert_ids_to_tokens(row(model, *args).token_ids.tolist())
+
+
+def test_a_row_knows_its_source_and_its_grids(model: ViPyloQwen) -> None:
+    rendered = row(model, {"text": "<ocr> a", "image": ["x", "y"]}, ((2, 4), (2, 2)))
+    assert rendered.token_ids.dtype == np.int32
+    assert rendered.token_ids.shape == (9,)
+    assert rendered.grids == ((2, 4), (2, 2))
+    assert rendered.source.images == ("x", "y")
+    assert row(model, "a").token_ids.tolist() == model.tokenizer.encode("a")
 
 
 def test_images_then_prefix_then_text(model: ViPyloQwen) -> None:
-    rendered = tokens(model, {"text": "<ocr> a", "image": ["x", "y"]}, (2, 1))
+    rendered = tokens(model, {"text": "<ocr> a", "image": ["x", "y"]}, ((2, 4), (2, 2)))
     first = ["<|vision_start|>", "<|image_pad|>", "<|image_pad|>", "<|vision_end|>"]
     assert rendered == [*first, "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<ocr>", "Ġa"]
 
 
 def test_text_is_cut_and_images_are_not(model: ViPyloQwen) -> None:
     item = {"image": "x", "text": "<ocr>" + "a b c d " * 20}
-    whole = tokens(model, item, (3,))
-    assert tokens(model, item, (3,), 9) == whole[:9]
-    assert tokens(model, item, (3,), 6) == whole[:6] == [*whole[:5], "<ocr>"]
+    whole = tokens(model, item, ((2, 6),))
+    assert tokens(model, item, ((2, 6),), 9) == whole[:9]
+    assert tokens(model, item, ((2, 6),), 6) == whole[:6] == [*whole[:5], "<ocr>"]
     with pytest.raises(ValueError, match="Input 0: its 1 images and prefix take 6 tokens, over the limit of 5"):
-        tokens(model, item, (3,), 5)
+        tokens(model, item, ((2, 6),), 5)
 
 
 def test_control_tokens_in_a_text_are_plain_text(model: ViPyloQwen) -> None:

@@ -1,0 +1,150 @@
+"""Running Qwen2-VL over a packed batch: every patch, image token and word that is computed is computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import Qwen2VLModel
+
+from sentence_vipyloqwen.modules.attention import PACKED, Segments
+from sentence_vipyloqwen.modules.packing import Packing
+from sentence_vipyloqwen.modules.patch_projection import PatchProjection
+from sentence_vipyloqwen.modules.sharding import runs_together
+
+try:  # with this module the vision tower takes `cu_seqlens` from its caller
+    from transformers.vision_utils import get_vision_position_ids
+except ImportError as error:
+    raise ImportError(
+        f"transformers {transformers.__version__} is installed, whose vision tower cannot run several images as one "
+        "sequence; install it with: pip install --upgrade transformers"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+PLAN = "plan"
+"""Feature of a batch that was planned when it was collated: its `Packing`. Only the patches it asks for are there."""
+
+
+def prepare(model: Qwen2VLModel) -> bool:
+    """Make a model ready for packed batches, where its attention allows; without segments it works as before.
+
+    Args:
+        model: The transformers model; its patch embedding and attention implementation are replaced.
+
+    Returns:
+        Whether it is ready: not with another attention implementation than those of ``PACKED``, nor with sliding
+        windows. A log line then says so, once: a warning, or information where "eager" was asked for.
+    """
+    implementation = model.config._attn_implementation
+    if implementation not in PACKED:
+        _log_once(logging.INFO if implementation == "eager" else logging.WARNING, f"attention is {implementation!r}")
+        return False
+    if model.language_model.has_sliding_layers:
+        _log_once(logging.WARNING, f"attention ({implementation!r}) has sliding windows")
+        return False
+    model.set_attn_implementation(PACKED[implementation])
+    model.visual.patch_embed = PatchProjection(model.visual.patch_embed.proj)
+    return True
+
+
+@cache  # so that it is said once
+def _log_once(level: int, reason: str) -> None:
+    allowed = " or ".join(map(repr, PACKED))
+    logger.log(level, "Batches are padded, not packed, which is slower: %s; allowed is %s, no window.", reason, allowed)
+
+
+def run_packed(model: Qwen2VLModel, packing: Packing, input_ids: Tensor, patches: Tensor | None) -> Tensor:
+    """Compute the last layer's output for every token of a packed sequence.
+
+    Args:
+        model: A model that :func:`prepare` found ready.
+        packing: The plan of the batch.
+        input_ids: (B, L) the padded batch.
+        patches: The patches of ``packing.images``, in that order, in floats; ``None`` without images.
+
+    Returns:
+        (T, hidden).
+    """
+    embeddings = model.get_input_embeddings()(input_ids.flatten()[packing.source])  # (T, hidden)
+    if patches is not None:
+        vision = run_vision(model, patches, packing.grids)  # (merged patches, hidden)
+        shown = vision[packing.vision_rows].to(embeddings.dtype)  # (V, hidden)
+        embeddings = embeddings.index_copy(0, packing.image_tokens, shown)
+    else:
+        embeddings = keep_vision_in_step(model, embeddings)
+    output = model.language_model(
+        inputs_embeds=embeddings[None],
+        position_ids=packing.positions,
+        attention_mask={"full_attention": None},  # by this the model makes no mask: the segments say who sees whom
+        use_cache=False,
+        segments=packing.segments,
+    )
+    return output.last_hidden_state[0]
+
+
+def run_vision(model: Qwen2VLModel, patches: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Run the vision tower over images as one sequence; images of one size share a call of attention.
+
+    A model that :func:`prepare` did not find ready runs them one by one.
+
+    Args:
+        model: The transformers model.
+        patches: (P, 588) or (P, 1176) floats of all images; (P, 1176) for a model that is not ready.
+        grids: Frames (1), patch rows and patch columns of each image: numbers, so that no GPU is waited for.
+
+    Returns:
+        (P / 4, hidden).
+    """
+    thw = torch.tensor(grids)  # (I, 3)
+    if model.config._attn_implementation not in PACKED.values():
+        return model.visual(patches, grid_thw=thw.to(patches.device)).pooler_output
+    places = get_vision_position_ids(thw, model.visual.spatial_merge_size)  # (P, 2)
+    plan = {
+        "position_ids": places.to(patches.device, non_blocking=True),
+        "cu_seqlens": torch.tensor([0, len(patches)], dtype=torch.int32),  # every block reads it, as numbers
+        "segments": Segments.apart(thw.prod(dim=1).tolist()),
+    }
+    return model.visual(patches, grid_thw=thw, **plan).pooler_output
+
+
+def keep_vision_in_step(model: Qwen2VLModel, embeddings: Tensor) -> Tensor:
+    """Run the vision tower for a batch without images, where other ranks wait for it; it changes no value.
+
+    Ranks gather a sharded tower's weights together, in the order of the forward pass, and add up its gradients
+    together; one whose batch has no image would hang them all. So it shows the tower one grey image of the smallest
+    size, here, where a real one would be shown, and takes the output times zero: every gradient of it is zero. In a
+    single process nothing is run.
+
+    Args:
+        model: The transformers model.
+        embeddings: (..., hidden) of the batch's tokens.
+
+    Returns:
+        (..., hidden), the same values.
+    """
+    if not runs_together(model.visual):
+        return embeddings
+    config, side = model.visual.config, model.visual.config.spatial_merge_size
+    values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    patches = embeddings.new_zeros(side * side, values)  # one merged token's
+    vision = run_vision(model, patches, [(1, side, side)])  # (1, hidden)
+    return embeddings + 0 * vision.to(embeddings.dtype)
+
+
+def select_patches(features: Mapping[str, Any], packing: Packing) -> Tensor | None:
+    """The patches of ``packing.images``: each different image of a batch once; ``None`` without images."""
+    if not packing.images:
+        return None
+    patches: Tensor = features["pixel_values"]
+    if PLAN in features:  # chosen already
+        return patches
+    parts = patches.split(features["image_grid_thw"].prod(dim=1).tolist())
+    if packing.images == tuple(range(len(parts))):
+        return patches
+    return torch.cat([parts[image] for image in packing.images])
