@@ -1,6 +1,7 @@
 """The terms of the routed loss as pure tensor functions: one value a row, no reduction, no model.
 
-B rows, M candidates (the B positives first, then any explicit negatives). Similarities are cosines.
+B rows, M candidates (positives first, then any explicit negatives), N rows that may be negatives. Similarities are
+cosines.
 
 Source of the method: EraX-AI, viPyloQwen README and paper drafts (2025). InfoNCE: van den Oord et al. 2018,
 https://arxiv.org/abs/1807.03748; its symmetric form: Radford et al. 2021, https://arxiv.org/abs/2103.00020.
@@ -19,7 +20,7 @@ def info_nce(forward: Tensor, backward: Tensor, positive: Tensor, temperature: f
 
     Args:
         forward: (B, M) similarities of each anchor to its negatives, ``-inf`` where a candidate is not its negative.
-        backward: (B, B) similarities of each positive to the other anchors, ``-inf`` likewise.
+        backward: (B, N) similarities of each positive to the other anchors, ``-inf`` likewise.
         positive: (B,) similarity of each anchor to its own positive.
         temperature: Divides the similarities.
 
@@ -79,34 +80,3 @@ def triplet_margin(positive: Tensor, negative: Tensor, margin: Tensor | float, s
     exists = negative > _NEVER
     violation = margin - scale * (positive - negative.where(exists, 0))
     return violation.relu() * exists
-
-
-def negatives_mask(
-    tasks: Tensor, anchor_keys: Tensor, positive_keys: Tensor, negative_keys: Tensor, same_task: bool
-) -> tuple[Tensor, Tensor]:
-    """Which candidates are true negatives of which rows.
-
-    Two rows whose anchors are equal, whose positives are equal, or where one's anchor is the other's positive, are
-    never each other's negatives; nor is a candidate that equals the row's anchor, or a positive of any row whose anchor
-    is the same.
-
-    Args:
-        tasks: (B,) task of each row.
-        anchor_keys: (B,) content keys of the anchors.
-        positive_keys: (B,) content keys of the positives.
-        negative_keys: (B, N) content keys of the explicit negatives.
-        same_task: Whether rows of other tasks are left out; a row's own explicit negatives always count.
-
-    Returns:
-        (B, B) mask of anchors over the rows' positives, and (B, N * B) mask of anchors over explicit negatives, those
-        of column 0 first.
-    """
-    comparable = tasks[:, None] == tasks[None, :] if same_task else torch.ones_like(tasks[:, None] == tasks[None, :])
-    same_anchor = anchor_keys[:, None] == anchor_keys[None, :]
-    crossed = anchor_keys[:, None] == positive_keys[None, :]
-    equal = same_anchor | (positive_keys[:, None] == positive_keys[None, :]) | crossed | crossed.T
-    candidates = torch.cat([positive_keys, negative_keys.T.reshape(-1)])  # (B + N * B,)
-    is_positive_of = positive_keys[:, None] == candidates  # (B, B + N * B)
-    known = (same_anchor.float() @ is_positive_of.float() > 0) | (candidates == anchor_keys[:, None])
-    rows = len(tasks)
-    return comparable & ~equal & ~known[:, :rows], comparable.repeat(1, negative_keys.shape[1]) & ~known[:, rows:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sentence_vipyloqwen.losses import functional
-from sentence_vipyloqwen.losses.rows import TASK_INDEX, content_keys, task_indices
+from sentence_vipyloqwen.losses.candidates import Candidates, Layout
+from sentence_vipyloqwen.losses.ranks import missing_forwards, raise_together
+from sentence_vipyloqwen.losses.rows import TASK_INDEX, BatchRows, content_keys, select_rows, task_indices
 from sentence_vipyloqwen.losses.terms import LossTerms
 from sentence_vipyloqwen.modules.rendering import ControlTokens
 from sentence_vipyloqwen.tasks import ALL_TASKS, COSINE, INFO_NCE, SCORE_MSE, TRIPLET
@@ -22,25 +23,6 @@ PairWeight = Literal["score", "uniform"]
 TripletScale = Literal["cosine", "temperature"]
 
 TEMPERATURE = 0.07
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """What routing needs to know of B rows with N explicit negatives each.
-
-    Attributes:
-        tasks: (B,) position of each row's task in ``ALL_TASKS``.
-        anchor_keys: (B,) content keys.
-        positive_keys: (B,) content keys.
-        negative_keys: (B, N) content keys.
-        scores: (B,) scores in [0, 1]; NaN where a row has none.
-    """
-
-    tasks: Tensor
-    anchor_keys: Tensor
-    positive_keys: Tensor
-    negative_keys: Tensor
-    scores: Tensor
 
 
 class PrefixRoutedLoss(nn.Module):
@@ -73,6 +55,14 @@ class PrefixRoutedLoss(nn.Module):
             together; ``"uniform"``: the published form, weight 1.
         triplet_scale: ``"cosine"``: margins in units of cosine; ``"temperature"``: the published form, similarities
             divided by the temperature.
+        gather_across_devices: Whether the rows of all ranks are each other's negatives, as if one process had them all:
+            a rank computes the losses of its own rows, embeddings are exchanged with their gradients, content keys rule
+            out false negatives across ranks. Its loss is the sum over its rows / the average number of rows of a rank,
+            so that the mean over the ranks, which DDP and full sharding take of the gradients, is exactly the loss of
+            one process. Ranks may differ in tasks, rows and negative columns. Without effect in a single process.
+
+    Under several ranks, each runs as many forward passes as the one with the most columns, for sharded and wrapped
+    models wait for each other in every one of them; and a ``ValueError`` of one rank is raised by all.
 
     Raises:
         ValueError: If an option, a task or a term is unknown, or a number is out of range.
@@ -95,6 +85,7 @@ class PrefixRoutedLoss(nn.Module):
         negatives: Negatives = "same_task",
         pair_weight: PairWeight = "score",
         triplet_scale: TripletScale = "cosine",
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -106,6 +97,7 @@ class PrefixRoutedLoss(nn.Module):
         self.negatives = _choice("negatives", negatives, Negatives)
         self.pair_weight = _choice("pair_weight", pair_weight, PairWeight)
         self.triplet_scale = _choice("triplet_scale", triplet_scale, TripletScale)
+        self.gather_across_devices = gather_across_devices
         self.control = ControlTokens.of(model.tokenizer)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossTerms:
@@ -116,9 +108,20 @@ class PrefixRoutedLoss(nn.Module):
             is the loss.
         """
         columns = list(sentence_features)
-        rows = self.read_rows(columns, labels)
-        embeddings = [self.model(features)["sentence_embedding"] for features in columns]
-        return self.compute_loss_from_embeddings(embeddings, rows)
+        rows = self.read_rows_together(columns, labels)
+        idle = [select_rows(columns[1], [0]) for _ in range(missing_forwards(len(columns), rows.tasks.device))]
+        embeddings = [self.model(features)["sentence_embedding"] for features in (*columns, *idle)]
+        terms = self.compute_loss_from_embeddings(embeddings[: len(columns)], rows)
+        return terms.with_idle(embeddings[len(columns) :])
+
+    def read_rows_together(self, columns: Sequence[Mapping[str, Tensor]], labels: Tensor | None) -> BatchRows:
+        """:meth:`read_rows`, where an error of one rank is raised by all.
+
+        Raises:
+            ValueError: If any rank's columns or scores are not allowed.
+        """
+        device = columns[0]["input_ids"].device if columns else torch.device("cpu")
+        return raise_together(lambda: self.read_rows(columns, labels), device)
 
     def read_rows(self, columns: Sequence[Mapping[str, Tensor]], labels: Tensor | None = None) -> BatchRows:
         """Read tasks, content keys and scores off the columns' features.
@@ -149,35 +152,34 @@ class PrefixRoutedLoss(nn.Module):
             Term name -> scalar.
         """
         with torch.autocast(embeddings[0].device.type, enabled=False):
-            return self._route(self._term_values([_at_least_float32(e) for e in embeddings], rows), rows)
+            units = [F.normalize(_at_least_float32(embedding), dim=-1) for embedding in embeddings]
+            layout = Layout.of(units, self.gather_across_devices)
+            values = self._term_values(units, rows, layout)
+            return self._route(values, rows, layout.rows_per_rank)
 
-    def _term_values(self, embeddings: Sequence[Tensor], rows: BatchRows) -> dict[str, Tensor]:
-        """Each term's value for each row, (B,)."""
-        # 1. Similarities: of anchors to positives and to explicit negatives.
-        anchors, positives, *negatives = (F.normalize(embedding, dim=-1) for embedding in embeddings)
-        similarity = anchors @ positives.T  # (B, B)
-        explicit = anchors @ torch.cat(negatives).T if negatives else similarity[:, :0]  # (B, N * B), by column
-        positive = similarity.diagonal()  # (B,)
+    def _term_values(self, units: Sequence[Tensor], rows: BatchRows, layout: Layout) -> dict[str, Tensor]:
+        """Each term's value for each own row, (B,)."""
+        # 1. Of the candidates, only true negatives count.
+        candidates = Candidates.of(rows, layout)
+        forward_mask, explicit_mask, backward_mask = candidates.masks(self.negatives == "same_task")
 
-        # 2. Of the candidates, only true negatives count.
-        mask, explicit_mask = functional.negatives_mask(
-            rows.tasks, rows.anchor_keys, rows.positive_keys, rows.negative_keys, self.negatives == "same_task"
-        )
-        in_batch = similarity.masked_fill(~mask, -torch.inf)
-        explicit = explicit.masked_fill(~explicit_mask, -torch.inf)
+        # 2. Similarities: of own anchors to positives and explicit negatives, of own positives to anchors.
+        anchors, positives, negatives = layout.gather(units)  # (N, D), (N, D), (M, D)
+        positive = (units[0] * units[1]).sum(dim=1)  # (B,)
+        forward = _similarity(units[0], positives, forward_mask)  # (B, N)
+        explicit = _similarity(units[0], negatives, explicit_mask)  # (B, M)
+        backward = _similarity(units[1], anchors, backward_mask)  # (B, N)
 
         # 3. Every term for every row; the routing then takes each row's own.
-        hardest = _hardest_negative(in_batch, explicit, len(negatives))
+        hardest = _hardest_negative(forward, explicit.masked_fill(~candidates.belongs(), -torch.inf))
         return {
-            INFO_NCE: functional.info_nce(
-                torch.cat([in_batch, explicit], dim=1), in_batch.T, positive, self.temperature
-            ),
+            INFO_NCE: functional.info_nce(torch.cat([forward, explicit], dim=1), backward, positive, self.temperature),
             SCORE_MSE: functional.score_mse(positive, rows.scores),
             COSINE: functional.cosine_distance(positive),
             TRIPLET: functional.triplet_margin(positive, hardest, self._row_margins(rows.tasks), self._triplet_factor),
         }
 
-    def _route(self, values: Mapping[str, Tensor], rows: BatchRows) -> LossTerms:
+    def _route(self, values: Mapping[str, Tensor], rows: BatchRows, rows_per_rank: float) -> LossTerms:
         terms = LossTerms()
         pair_weights = rows.scores.nan_to_num(nan=1.0)
         for task, weights in self.weights.items():
@@ -186,8 +188,13 @@ class PrefixRoutedLoss(nn.Module):
                 value = values[term]
                 if term == INFO_NCE and SCORE_MSE in weights and self.pair_weight == "score":
                     value = value * pair_weights
-                terms[f"{task}/{term}"] = weight * (value * members).sum() / len(members)
+                terms[f"{task}/{term}"] = weight * (value * members).sum() / rows_per_rank
         return terms
+
+    @property
+    def term_names(self) -> list[str]:
+        """The names of the terms, in their order: the same at every step and on every rank."""
+        return [f"{task}/{term}" for task, weights in self.weights.items() for term in weights]
 
     def _row_margins(self, tasks: Tensor) -> Tensor:
         margins = torch.tensor([self.margins.get(name, 0.0) for name in ALL_TASKS], device=tasks.device)
@@ -206,6 +213,7 @@ class PrefixRoutedLoss(nn.Module):
             "negatives": self.negatives,
             "pair_weight": self.pair_weight,
             "triplet_scale": self.triplet_scale,
+            "gather_across_devices": self.gather_across_devices,
         }
 
     @property
@@ -227,15 +235,14 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def _hardest_negative(in_batch: Tensor, explicit: Tensor, columns: int) -> Tensor:
+def _similarity(own: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
+    return (own @ candidates.T).masked_fill(~mask, -torch.inf)
+
+
+def _hardest_negative(in_batch: Tensor, own: Tensor) -> Tensor:
     """(B,) similarity of each row's triplet negative: its own explicit one, the hardest of several, else in-batch."""
-    hardest = in_batch.amax(dim=1)
-    if not columns:
-        return hardest
-    size = len(in_batch)
-    own = explicit.view(size, columns, size).diagonal(dim1=0, dim2=2)  # (N, B)
-    own = own.amax(dim=0)
-    return own.where(own > -torch.inf, hardest)
+    own = F.pad(own, (1, 0), value=-torch.inf).amax(dim=1)  # there may be none at all
+    return own.where(own > -torch.inf, in_batch.amax(dim=1))
 
 
 def merge_weights(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -5,7 +5,9 @@ Works on the features of our own modules and of stock Sentence Transformers alik
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,25 @@ TASK_INDEX: Mapping[str, int] = {name: index for index, name in enumerate(ALL_TA
 # Odd 64-bit constants of the splitmix64 generator (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195), as
 # int64; products wrap, and torch's signed shift serves as well for mixing.
 _GOLDEN, _MIX_1, _MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """What routing needs to know of B rows with N explicit negatives each.
+
+    Attributes:
+        tasks: (B,) position of each row's task in ``ALL_TASKS``.
+        anchor_keys: (B,) content keys.
+        positive_keys: (B,) content keys.
+        negative_keys: (B, N) content keys.
+        scores: (B,) scores in [0, 1]; NaN where a row has none.
+    """
+
+    tasks: Tensor
+    anchor_keys: Tensor
+    positive_keys: Tensor
+    negative_keys: Tensor
+    scores: Tensor
 
 
 def task_indices(features: Mapping[str, Tensor], control: ControlTokens) -> Tensor:
@@ -87,3 +108,30 @@ def _mix(value: Tensor, position: Tensor) -> Tensor:
     mixed = (mixed ^ (mixed >> 30)) * _MIX_1
     mixed = (mixed ^ (mixed >> 27)) * _MIX_2
     return mixed ^ (mixed >> 31)
+
+
+def select_rows(features: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """The features of some rows of a column, in the order given.
+
+    Args:
+        features: Those of B rows; patches lie one behind the other, as do images.
+        rows: Places among the B.
+
+    Returns:
+        The features, images and patches of those rows alone, copied; without image features where none has an image.
+    """
+    places = torch.as_tensor(rows, device=features["input_ids"].device)
+    picks: dict[str, Tensor] = {}
+    if "pixel_values" in features:
+        images = _spans(features["num_images_per_sample"], places)
+        patches = _spans(features["image_grid_thw"].prod(dim=1), images)
+        picks = {"image_grid_thw": images, "pixel_values": patches}
+    wanted = {key: value for key, value in features.items() if key not in picks or len(picks[key])}
+    return {key: value[picks.get(key, places)] if isinstance(value, Tensor) else value for key, value in wanted.items()}
+
+
+def _spans(lengths: Tensor, places: Tensor) -> Tensor:
+    """Of parts that lie one behind the other, the positions that some of them cover."""
+    starts, chosen = lengths.cumsum(dim=0) - lengths, lengths[places]
+    shift = starts[places] - (chosen.cumsum(dim=0) - chosen)
+    return torch.arange(int(chosen.sum()), device=lengths.device) + shift.repeat_interleave(chosen)

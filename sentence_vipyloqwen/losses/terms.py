@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -29,3 +32,11 @@ class LossTerms(dict[str, Tensor]):
         return LossTerms({name: value + other[name] for name, value in self.items()})
 
     __radd__ = __add__
+
+    def with_idle(self, idle: Sequence[Tensor]) -> LossTerms:
+        """The same values on a graph that has these embeddings too: they take part in the backward, with gradient 0."""
+        if not idle:
+            return self
+        name, value = next(iter(self.items()))
+        nothing = torch.stack([embedding.sum() for embedding in idle]).sum() * 0
+        return LossTerms({**self, name: value + nothing})

@@ -50,44 +50,6 @@ def test_the_published_triplet_divides_similarities_by_the_temperature() -> None
     assert value.item() == pytest.approx(0.2 + 0.01 / 0.05, rel=1e-4)
 
 
-def test_equal_content_is_never_a_negative() -> None:
-    tasks = torch.zeros(5, dtype=torch.long)
-    anchors, positives = torch.tensor([1, 1, 2, 3, 9]), torch.tensor([11, 12, 12, 2, 13])
-    mask, _ = L.negatives_mask(tasks, anchors, positives, anchors.new_empty(5, 0), same_task=True)
-    expected = torch.ones(5, 5, dtype=torch.bool)
-    expected.fill_diagonal_(False)
-    for left, right in (
-        (0, 1),
-        (1, 2),
-        (2, 3),
-    ):  # equal anchors; equal positives; anchor of one = positive of the other
-        expected[left, right] = expected[right, left] = False
-    expected[0, 2] = False  # row 2's positive is, in row 1, a positive of row 0's anchor
-    assert torch.equal(mask, expected)
-
-
-def test_rows_of_another_task_are_negatives_only_on_request() -> None:
-    tasks, keys = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3])
-    same, _ = L.negatives_mask(tasks, keys, keys + 10, keys.new_empty(3, 0), same_task=True)
-    every, _ = L.negatives_mask(tasks, keys, keys + 10, keys.new_empty(3, 0), same_task=False)
-    assert same.sum(1).tolist() == [1, 1, 0]
-    assert every.sum(1).tolist() == [2, 2, 2]
-
-
-def test_an_explicit_negative_equal_to_the_rows_own_content_is_left_out() -> None:
-    tasks, anchors, positives = torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([11, 12])
-    negatives = torch.tensor([[11, 20], [21, 1]])  # row 0's first equals its positive; row 1's second is row 0's anchor
-    _, mask = L.negatives_mask(tasks, anchors, positives, negatives, same_task=True)
-    assert mask.tolist() == [[False, True, True, False], [True, True, True, True]]
-
-
-def test_an_explicit_negative_that_is_a_positive_of_an_equal_anchor_is_left_out() -> None:
-    tasks, anchors, positives = torch.zeros(3, dtype=torch.long), torch.tensor([1, 1, 2]), torch.tensor([11, 12, 13])
-    negatives = torch.tensor([[20], [21], [12]])  # row 2's is row 1's positive, so row 0's as well
-    _, mask = L.negatives_mask(tasks, anchors, positives, negatives, same_task=True)
-    assert mask.tolist() == [[True, True, False], [True, True, False], [True, True, True]]
-
-
 def test_gradients_are_exact() -> None:
     torch.manual_seed(0)
     forward, backward = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -262,6 +262,8 @@ def test_scores_out_of_range_are_refused(loss: PrefixRoutedLoss, model: ViPyloQw
         loss(columns, torch.tensor([math.nan, 4.0]))
     with pytest.raises(ValueError, match=r"Got 1 column\(s\); needed are anchor and positive"):
         loss(columns[:1])
+    with pytest.raises(ValueError, match=r"Got 0 column\(s\)"):
+        loss([])
 
 
 def test_matryoshka_sums_the_terms_of_each_size(loss: PrefixRoutedLoss, model: ViPyloQwen) -> None:
