@@ -9,7 +9,10 @@
    takes no hyphen in the name of a split.)
 4. The splits are kept in the cache under a key of the files' paths, sizes and times; the next call maps them directly.
 
-Images stay paths, opened by the model when it makes a batch.
+Images stay paths, opened by the model when it makes a batch. One that cannot be opened stops the training there, as a
+row left out of a batch would change what the others are contrasted with, and the ranks would no longer run alike. With
+``on_error="skip"`` such rows are found before, while the cache is built: every image is decoded once, and a row with a
+broken one is left out of the data and listed in a file.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, get_args
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value
@@ -31,7 +35,16 @@ from datasets import config as datasets_config
 from filelock import FileLock
 
 from sentence_vipyloqwen.tasks import ALL_TASKS
-from sentence_vipyloqwen.train.records import Record, Side, StrPath, read_records
+from sentence_vipyloqwen.train.records import (
+    ImageError,
+    Record,
+    RecordError,
+    Side,
+    StrPath,
+    check_records,
+    read_records,
+    report_line,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,34 +56,64 @@ CHARACTERS_PER_BATCH = 1 << 24
 """A record batch is written at either bound, so that data URIs do not fill the memory."""
 
 MANIFEST = "splits.json"
+SKIPPED = "skipped.jsonl"
+"""Beside the splits, the rows that ``on_error="skip"`` left out."""
+
+OnError = Literal["raise", "skip"]
 SIDE_FEATURES = {"image": List(Value("string")), "text": Value("string")}
 
 
-def load_tasks(path_or_paths: StrPath | Sequence[StrPath], *, cache_dir: StrPath | None = None) -> DatasetDict:
+def load_tasks(
+    path_or_paths: StrPath | Sequence[StrPath],
+    *,
+    cache_dir: StrPath | None = None,
+    on_error: OnError = "raise",
+    show_progress_bar: bool = False,
+) -> DatasetDict:
     """Load training records by task, ready for `SentenceTransformerTrainer`.
 
     Args:
         path_or_paths: One JSONL file of records, or several (see `sentence_vipyloqwen.train.records`).
         cache_dir: Where the Arrow files are kept; ``vipyloqwen`` in the cache of `datasets` if not given. Files that
             changed are read anew; old entries stay until deleted.
+        on_error: What a broken image does. ``"raise"``: nothing here, where no image is opened; the batch that has it
+            raises a ``ValueError`` that names it. ``"skip"``: every image is decoded while the cache is built, by all
+            cores, which takes long for millions; a row with a broken one is left out, never given a placeholder, and
+            listed with file, line, ``id``, image and reason in the file that `skipped_rows` names. It is done once:
+            an image that breaks later raises, one that is mended stays out until the JSONL file changes or the cache
+            entry is deleted. Ranks that share no cache look for themselves, and must find the same.
+        show_progress_bar: Show the progress through the files on standard error, where they have to be read.
 
     Returns:
         Split -> dataset, in the order of the task table, then by number of negatives.
 
     Raises:
-        RecordError: At the first line that is not a record.
-        ValueError: If a file has no record, changes while it is read, or if the cache is damaged.
+        RecordError: At the first line that is not a record, whatever `on_error`: see `records.validate`.
+        ValueError: If a file has no record, or none whose images can be opened, changes while it is read, or if the
+            cache is damaged.
     """
     paths = [path_or_paths] if isinstance(path_or_paths, (str, os.PathLike)) else list(path_or_paths)
     if not paths:
         raise ValueError("load_tasks: got no path; allowed: one JSONL file or more")
+    if on_error not in get_args(OnError):
+        raise ValueError(f"load_tasks: on_error is {on_error!r}; allowed: {', '.join(get_args(OnError))}")
     cache = Path(cache_dir or Path(datasets_config.HF_DATASETS_CACHE, "vipyloqwen")).expanduser().absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / _cache_key(paths)
+    folder = cache / _cache_key(paths, on_error)
     with FileLock(f"{folder}.lock"):  # of several ranks on a machine, one builds and the others wait
         if not folder.exists():
-            _build(paths, folder)
-    return _map(folder)
+            _build(paths, folder, on_error, show_progress_bar)
+    splits = _map(folder)
+    if report := skipped_rows(splits):
+        logger.warning("Rows with broken images were left out; they are listed in %s", report)
+    return splits
+
+
+def skipped_rows(splits: DatasetDict) -> Path | None:
+    """Where the rows are listed that `load_tasks` left out, one JSON object a line; ``None`` if it left out none."""
+    files = (file["filename"] for split in splits.values() for file in split.cache_files)
+    report = Path(next(files)).with_name(SKIPPED)
+    return report if report.exists() and report.stat().st_size else None
 
 
 def split_name(record: Record) -> str:
@@ -86,33 +129,59 @@ def to_row(record: Record) -> dict[str, Any]:
     return {"anchor": record.anchor.as_row(), "positive": record.positive.as_row(), **negatives, **score}
 
 
-def _cache_key(paths: Iterable[StrPath]) -> str:
+def _cache_key(paths: Iterable[StrPath], on_error: OnError) -> str:
     files = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, files]).encode()).hexdigest()[:32]
+    policy = [] if on_error == "raise" else [on_error]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, files, *policy]).encode()).hexdigest()[:32]
 
 
-def _build(paths: Sequence[StrPath], folder: Path) -> None:
+def _build(paths: Sequence[StrPath], folder: Path, on_error: OnError, show_progress_bar: bool) -> None:
     """Write the splits beside their place, and move them there when they are complete."""
     logger.info("Building the dataset of %s in %s", ", ".join(map(os.fspath, paths)), folder)
-    partial = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left; the lock is ours
-    partial.mkdir()
+    draft = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)  # what a killed run left; the lock is ours
+    draft.mkdir()
     try:
-        _write_splits(_records_of(paths), partial)
-        if _cache_key(paths) != folder.name:
+        with open(draft / SKIPPED, "wb") as report:
+            read = partial(_sound_records, report) if on_error == "skip" else read_records
+            _write_splits(_records_of(paths, read, show_progress_bar), draft)
+        if _cache_key(paths, on_error) != folder.name:
             raise ValueError(f"{', '.join(map(os.fspath, paths))}: changed while being read; load it again")
-        partial.rename(folder)
+        draft.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _records_of(paths: Iterable[StrPath]) -> Iterator[Record]:
+def _records_of(
+    paths: Iterable[StrPath], read: Callable[..., Iterator[Record]], show_progress_bar: bool
+) -> Iterator[Record]:
     for path in paths:
-        records = read_records(path)
+        records = read(path, show_progress_bar=show_progress_bar)
         first = next(records, None)
         if first is None:
             raise ValueError(f"{os.fspath(path)}: no record in this file; allowed: at least one")
         yield from chain([first], records)
+
+
+def _sound_records(report: BinaryIO, path: StrPath, *, show_progress_bar: bool) -> Iterator[Record]:
+    """Read a file of records but for those with a broken image, which are written to the report.
+
+    Raises:
+        RecordError: At the first line that is not a record; or of the first image, if no record is left.
+    """
+    broken: ImageError | None = None
+    sound = 0
+    for checked in check_records(path, decode_images=True, show_progress_bar=show_progress_bar):
+        if isinstance(checked.outcome, ImageError):
+            broken = broken or checked.outcome
+            report.write(report_line(checked.outcome))
+        elif isinstance(checked.outcome, RecordError):
+            raise checked.outcome
+        else:
+            sound += 1
+            yield checked.outcome
+    if broken and not sound:
+        raise broken
 
 
 def _write_splits(records: Iterable[Record], folder: Path) -> None:

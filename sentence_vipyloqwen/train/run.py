@@ -1,33 +1,62 @@
-"""A whole training run from a recipe: data, model, stock trainer, evaluation, saved model."""
+"""A whole training run from a recipe: data, model, trainer, evaluation, saved model, page."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
+from datasets import DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-from torch import nn
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from sentence_vipyloqwen.losses import PrefixRoutedLoss
-from sentence_vipyloqwen.model import ViPyloQwen, is_finished_model
+from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.modules.sharding import is_sharded
+from sentence_vipyloqwen.train.adapters import merge_adapter
+from sentence_vipyloqwen.train.batches import STOPPED_FOLDER, BatchWatch, StopOnNonFinite
+from sentence_vipyloqwen.train.build import (
+    CHECKPOINTS,
+    check_best_metric,
+    make_arguments,
+    make_loss,
+    make_model,
+    make_trackers,
+    model_options,
+    trainer_class,
+)
+from sentence_vipyloqwen.train.checkpoints import (
+    CheckpointKeeper,
+    EarlyStopping,
+    best_of,
+    clean,
+    complete_checkpoints,
+    step_of,
+    stopped_early,
+)
 from sentence_vipyloqwen.train.dataset import load_tasks
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
-from sentence_vipyloqwen.train.progress import LOG_FILE, TrainingProgress
-from sentence_vipyloqwen.train.recipe import DTYPE, Recipe
+from sentence_vipyloqwen.train.interruption import StopOnSignal, TrainingInterrupted, explaining
+from sentence_vipyloqwen.train.progress import LOG_FILE, TrainingProgress, trim_log
+from sentence_vipyloqwen.train.recipe import FULL, Recipe, load_recipe
 from sentence_vipyloqwen.train.records import Record
+from sentence_vipyloqwen.train.report import write_training_report
+from sentence_vipyloqwen.train.sampling import SamplingCallback, mixed_splits
+
+logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.json"
-CHECKPOINTS = "checkpoints"
-_MAY_DIFFER_ON_RESUME = {"resume", "workers", "logging_steps", "keep_checkpoints"}
+MODEL, ADAPTER = "model", "adapter"
+_MAY_DIFFER_ON_RESUME = {"resume", "workers", "logging_steps", "keep_checkpoints", "report_to", "merge"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +64,7 @@ class TrainingResult:
     """What a run left behind.
 
     Attributes:
-        model: The trained model.
+        model: The trained model; of the best checkpoint, where the recipe has a metric for it.
         model_path: Its portable folder.
         before: Evaluation of the untrained model; ``None`` without an evaluation file, and for a resumed run.
         after: Evaluation of the trained model; ``None`` without an evaluation file.
@@ -48,9 +77,13 @@ class TrainingResult:
 
 
 def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
-    """Run a recipe from data to saved model.
+    """Run a recipe from data to saved model, or go on with a run that ended early.
 
-    The output folder receives ``recipe.yaml``, ``log.jsonl``, ``checkpoints/``, ``model/`` and ``metrics.json``.
+    The output folder receives ``recipe.yaml``, ``log.jsonl``, ``checkpoints/``, ``model/``, ``metrics.json`` and
+    ``training.html``; with an adapter also ``adapter/`` and, for a new model, its ``base/``.
+
+    Whatever ended a run, the same call goes on from its last complete checkpoint and ends with the same weights.
+    SIGTERM and SIGINT end the run after the step under way, with a checkpoint (an evaluation due there is left out).
 
     Args:
         recipe: The settings.
@@ -59,158 +92,191 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     Raises:
         RecordError: If a line of a data file is not a record.
         ValueError: If the output folder holds a run of other settings, or one that is not to be resumed.
+        TrainingInterrupted: If a signal ended the run; its ``exit_code`` is the shell's.
+        NonFiniteStep: If the loss or the gradients of a step were NaN or infinite; the batch is in ``stopped/``.
+        OSError: If the disk is full; what was complete is intact.
     """
     output = Path(recipe.output)
+    arguments = make_arguments(recipe, output, device)
     checkpoint = _find_checkpoint(recipe, output)
     # 1. Data and model.
-    dataset = load_tasks(recipe.train)
+    dataset = load_tasks(recipe.train, on_error=recipe.on_error, show_progress_bar=True)
     evaluator = TasksEvaluator(recipe.eval) if recipe.eval else None
-    model = _make_model(recipe, device)
-    freeze(model, recipe.frozen)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    # 2. The stock trainer; it knows which of several processes writes.
-    progress = TrainingProgress(output / LOG_FILE)
-    trainer = SentenceTransformerTrainer(
-        model,
-        _training_arguments(recipe, output, device),
-        train_dataset=dataset,
-        loss=_make_loss(recipe, model),
-        evaluator=evaluator if recipe.eval_steps else None,
-        callbacks=[progress],
-    )
-    trainer.remove_callback(PrinterCallback)
-    writes = trainer.is_world_process_zero()
+    model = make_model(recipe, arguments, output, device)
+    # 2. The trainer; it knows which of several processes writes.
+    parts = _make_parts(recipe, arguments, model, dataset, evaluator)
+    writes = parts.trainer.is_world_process_zero()
+    PartialState().wait_for_everyone()  # all have looked at the folder
     if writes:
-        _start_output(recipe, output, anew=checkpoint is None)
+        _start_output(recipe, output, checkpoint)
     # 3. What the untrained model can do, and the training.
     records = evaluator.records if evaluator and writes else None
     before = _evaluate(recipe, model, records) if records and not checkpoint else None
     if before:
+        check_best_metric(recipe, before)
         _add_metrics(output / METRICS_FILE, before=before)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is None or not stopped_early(checkpoint):
+            _train(parts.trainer, parts.stop, checkpoint)
     finally:
-        progress.stop()
+        parts.progress.stop()
+        parts.watch.close()
+        if writes:
+            _report(output)
     # 4. The portable folder and what the trained model can do.
-    model_path = output / "model"
-    if writes:
-        model.save_pretrained(str(model_path))
-    after = _evaluate(recipe, model, records) if records else None
+    if recipe.best_metric:
+        _load_best(parts.trainer)
+    with explaining(output):
+        model_path = _save(recipe, parts.trainer, output)
+    trained = ViPyloQwen(model_path, device=device) if writes and is_sharded(model) else model
+    after = _evaluate(recipe, trained, records) if records else None
     if after:
         _add_metrics(output / METRICS_FILE, after=after)
-    return TrainingResult(model, model_path, before, after)
+        _report(output)
+    return TrainingResult(trained, model_path, before, after)
 
 
-def _make_model(recipe: Recipe, device: str | None) -> ViPyloQwen:
-    sizes = {name: getattr(recipe, name) for name in ("embedding_dim", "max_seq_length", "min_pixels", "max_pixels")}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    options = {"dtype": recipe.dtype or DTYPE, "attn_implementation": recipe.attn_implementation}
-    if not is_finished_model(recipe.base):
-        return ViPyloQwen.create(recipe.base, **given, **options, seed=recipe.seed, device=device)
-    model = ViPyloQwen(
-        recipe.base, device=device, model_kwargs={key: value for key, value in options.items() if value is not None}
-    )
-    _check_sizes(given, model, recipe.base)
-    return model
+@dataclass(frozen=True)
+class _Parts:
+    """The trainer, and those of its callbacks that the run itself speaks to."""
+
+    trainer: SentenceTransformerTrainer
+    progress: TrainingProgress
+    watch: BatchWatch
+    stop: StopOnSignal
 
 
-def _check_sizes(given: Mapping[str, int], model: ViPyloQwen, base: str) -> None:
-    """A finished model keeps its sizes: refuse a setting that names another."""
-    pixels = model[0].image_processor.size
-    own = {
-        "embedding_dim": model.get_embedding_dimension(),
-        "max_seq_length": model.max_seq_length,
-        "min_pixels": pixels["shortest_edge"],
-        "max_pixels": pixels["longest_edge"],
-    }
-    for name, value in given.items():
-        if value != own[name]:
-            raise ValueError(f"Setting {name} is {value}; the finished model {base!r} has {own[name]} and keeps it.")
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Stop the training of the parameters whose names a regular expression finds.
-
-    Raises:
-        ValueError: If one of them finds none.
-    """
-    for pattern in patterns:
-        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
-        if not found:
-            raise ValueError(f"Setting frozen: no parameter of the model has {pattern!r} in its name.")
-        for parameter in found:
-            parameter.requires_grad_(False)
-
-
-def _make_loss(recipe: Recipe, model: ViPyloQwen) -> nn.Module:
-    loss = PrefixRoutedLoss(
+def _make_parts(
+    recipe: Recipe,
+    arguments: SentenceTransformerTrainingArguments,
+    model: ViPyloQwen,
+    dataset: DatasetDict,
+    evaluator: TasksEvaluator | None,
+) -> _Parts:
+    output = Path(recipe.output)
+    loss = make_loss(recipe, model)
+    watch, stop = BatchWatch(loss), StopOnSignal()
+    progress = TrainingProgress(output / LOG_FILE, watch=watch)
+    finite = StopOnNonFinite(watch, output / STOPPED_FOLDER, model.tokenizer)
+    early = [EarlyStopping(recipe.patience)] if recipe.patience else []
+    trackers = make_trackers(recipe.report_to, output)
+    trainer = trainer_class(recipe, arguments)(
         model,
-        temperature=recipe.temperature,
-        weights=recipe.weights,
-        margins=recipe.margins,
-        negatives=recipe.negatives,
-        pair_weight=recipe.pair_weight,
-        triplet_scale=recipe.triplet_scale,
+        arguments,
+        train_dataset=mixed_splits(dataset) if recipe.mixed_batches else dataset,
+        loss=loss,
+        evaluator=evaluator if recipe.eval_steps else None,
+        # In this order: the progress counts what `finite` lets go of, and trackers see what the progress adds.
+        callbacks=[
+            SamplingCallback(),
+            progress,
+            finite,
+            CheckpointKeeper(recipe.keep_checkpoints),
+            stop,
+            *early,
+            *trackers,
+        ],
     )
-    return MatryoshkaLoss(model, loss, list(recipe.matryoshka_dims)) if recipe.matryoshka_dims else loss
+    trainer.remove_callback(PrinterCallback)
+    finite.save_model = trainer.save_model
+    return _Parts(trainer, progress, watch, stop)
 
 
-def _training_arguments(recipe: Recipe, output: Path, device: str | None) -> SentenceTransformerTrainingArguments:
-    return SentenceTransformerTrainingArguments(
-        output_dir=str(output / CHECKPOINTS),
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.learning_rate,
-        learning_rate_mapping=dict(recipe.learning_rates),
-        adam_beta2=recipe.adam_beta2,
-        lr_scheduler_type=recipe.schedule,
-        warmup_steps=recipe.warmup_ratio,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.bf16,
-        multi_dataset_batch_sampler=recipe.sampling,
-        eval_strategy="steps" if recipe.eval and recipe.eval_steps else "no",
-        eval_steps=recipe.eval_steps or None,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=recipe.keep_checkpoints,
-        logging_steps=recipe.logging_steps,
-        dataloader_num_workers=recipe.workers,
-        seed=recipe.seed,
-        report_to="none",
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device != "cpu",
-        disable_tqdm=True,
-    )
+def _train(trainer: SentenceTransformerTrainer, stop: StopOnSignal, checkpoint: Path | None) -> None:
+    folder = Path(trainer.args.output_dir)
+    try:
+        with explaining(folder), stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if trainer.is_world_process_zero():
+            clean(folder)  # half a checkpoint takes room, and is of no use
+        if not stop.received:
+            raise
+        raise TrainingInterrupted(f"Signal {stop.received}. {_way_on(folder)} ({error})", stop.received) from error
+    if stop.received:
+        raise TrainingInterrupted(f"Signal {stop.received}. {_way_on(folder)}", stop.received)
 
 
-def _find_checkpoint(recipe: Recipe, output: Path) -> str | None:
+def _way_on(folder: Path) -> str:
+    checkpoints = complete_checkpoints(folder)
+    if not checkpoints:
+        return "There is no checkpoint yet: the same command begins anew."
+    return f"Step {step_of(checkpoints[-1])} is saved in {checkpoints[-1]}: the same command goes on from there."
+
+
+def _load_best(trainer: SentenceTransformerTrainer) -> None:
+    """Give the trained model the weights of the best checkpoint."""
+    last = complete_checkpoints(Path(trainer.args.output_dir))[-1]
+    # A private seam, held by a test of the best checkpoint. The trainer's own way, `_load_best_model`, calls the same,
+    # whatever the sharding or the adapter, but only logs what fails.
+    if best := best_of(last):
+        trainer._load_from_checkpoint(str(best))
+
+
+# --- What is written ---
+
+
+def _save(recipe: Recipe, trainer: SentenceTransformerTrainer, output: Path) -> Path:
+    """Save the model, all ranks together where each has a part of it; with an adapter also, or only, the adapter."""
+    merges = recipe.tuning != FULL and recipe.merge
+    with _replacing(output / (ADAPTER if merges else MODEL), trainer.is_world_process_zero()) as draft:
+        if is_sharded(trainer.model):
+            trainer.save_model(str(draft))
+            (draft / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
+        elif trainer.is_world_process_zero():
+            trainer.model.save_pretrained(str(draft))
+    if merges and trainer.is_world_process_zero():
+        with _replacing(output / MODEL) as draft:
+            merge_adapter(output / ADAPTER, draft, model_options(recipe))
+    return output / MODEL
+
+
+@contextmanager
+def _replacing(folder: Path, writes: bool = True) -> Iterator[Path]:
+    """A folder to write to, which takes the place of another once it is whole."""
+    draft = folder.with_name(f".{folder.name}.new")
+    if writes:
+        shutil.rmtree(draft, ignore_errors=True)
+    yield draft
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+
+
+def _report(output: Path) -> None:
+    """Write the page; a disk too full for it must not hide how the training ended."""
+    try:
+        write_training_report(output)
+    except OSError as error:
+        logger.warning("No page of the training was written: %s", error)
+
+
+def _find_checkpoint(recipe: Recipe, output: Path) -> Path | None:
     """The checkpoint to go on from; an output folder that holds a run must hold one of the same settings."""
-    folder = output / CHECKPOINTS
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is None and not (output / RECIPE_FILE).exists():
+    checkpoints = complete_checkpoints(output / CHECKPOINTS)
+    if not checkpoints and not (output / RECIPE_FILE).exists():
         return None
     if not recipe.resume:
         raise ValueError(
             f"{output} holds the checkpoints of an earlier run: resume it or choose another output folder."
         )
-    earlier, now = yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8")), yaml.safe_load(recipe.to_yaml())
-    if changed := sorted(key for key in now if now[key] != earlier.get(key) and key not in _MAY_DIFFER_ON_RESUME):
-        changes = ", ".join(f"{key}: {earlier.get(key)!r} -> {now[key]!r}" for key in changed)
+    earlier, now = (yaml.safe_load(of.to_yaml()) for of in (load_recipe(output / RECIPE_FILE), recipe))
+    if changed := sorted(key for key in now if now[key] != earlier[key] and key not in _MAY_DIFFER_ON_RESUME):
+        changes = ", ".join(f"{key}: {earlier[key]!r} -> {now[key]!r}" for key in changed)
         raise ValueError(
             f"{output} holds a run of other settings ({changes}): give those again to resume it, "
             "or choose another output folder."
         )
-    return checkpoint
+    return checkpoints[-1] if checkpoints else None
 
 
-def _start_output(recipe: Recipe, output: Path, *, anew: bool) -> None:
+def _start_output(recipe: Recipe, output: Path, checkpoint: Path | None) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    (output / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    if anew:
+    _write(output / RECIPE_FILE, recipe.to_yaml())
+    clean(output / CHECKPOINTS)
+    if checkpoint:
+        trim_log(output / LOG_FILE, step_of(checkpoint))
+    else:
         for name in (LOG_FILE, METRICS_FILE):
             (output / name).unlink(missing_ok=True)
 
@@ -223,6 +289,13 @@ def _evaluate(recipe: Recipe, model: ViPyloQwen, records: Sequence[Record]) -> E
 
 def _add_metrics(path: Path, **evaluations: Evaluation) -> None:
     """Add to what the file holds: a resumed run keeps the figures from before its first step."""
-    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    measured |= {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
-    path.write_text(json.dumps(measured, ensure_ascii=False, indent=2, allow_nan=False), encoding="utf-8")
+    measured: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    measured = {**measured, **{name: evaluation.to_dict() for name, evaluation in evaluations.items()}}
+    _write(path, json.dumps(measured, ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

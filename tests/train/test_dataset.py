@@ -10,14 +10,15 @@ import pyarrow as pa
 import pytest
 from datasets import load_from_disk
 from datasets.naming import _split_re
+from PIL import Image
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.losses import PrefixRoutedLoss
 from sentence_vipyloqwen.train import dataset
-from sentence_vipyloqwen.train.dataset import load_tasks
+from sentence_vipyloqwen.train.dataset import load_tasks, skipped_rows
 from sentence_vipyloqwen.train.evaluation import TasksEvaluator
-from sentence_vipyloqwen.train.records import RecordError
+from sentence_vipyloqwen.train.records import ImageError, RecordError
 
 LINES: list[dict[str, Any]] = [
     {"task": "ocr", "anchor": {"image": "a.png", "text": "q1"}, "positive": "p1", "negative": ["n1", "n2"], "id": "1"},
@@ -144,8 +145,8 @@ def test_a_file_without_records_is_refused(path: Path, cache: Path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    def growing(source: Path):
-        yield from read(source)
+    def growing(source: Path, **options: Any):
+        yield from read(source, **options)
         os.utime(source, ns=(0, 0))
 
     read = dataset.read_records
@@ -153,6 +154,107 @@ def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, cache: Path
     with pytest.raises(ValueError, match="changed while being read"):
         load_tasks(path, cache_dir=cache)
     assert not list(cache.glob("*/splits.json"))
+
+
+# --- Broken images ---
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """Records whose images are sound, cut off, missing, a bomb, and none."""
+    Image.effect_noise((64, 64), 50).save(tmp_path / "sound.jpg")
+    whole = (tmp_path / "sound.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "bomb.png")
+    names = ["sound.jpg", "cut.jpg", "missing.png", "bomb.png"]
+    rows = [{"task": "ocr", "anchor": {"image": name, "text": "q"}, "positive": "p", "id": name} for name in names]
+    negative = {"task": "instr", "anchor": "a", "positive": "p", "negative": ["n", {"image": ["sound.jpg", "cut.jpg"]}]}
+    return write(tmp_path / "broken.jsonl", [*rows, negative, {"anchor": "a", "positive": "p"}])
+
+
+def test_broken_images_are_not_looked_at_by_default(broken: Path, cache: Path):
+    splits = load_tasks(broken, cache_dir=cache)
+    assert splits.num_rows == {"instr.negatives_2": 1, "ocr": 4, "general": 1}
+    assert skipped_rows(splits) is None
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_rows_with_broken_images_are_left_out_and_listed(
+    broken: Path, cache: Path, model: ViPyloQwen, caplog: pytest.LogCaptureFixture
+):
+    splits = load_tasks(broken, cache_dir=cache, on_error="skip", show_progress_bar=True)
+    assert splits.num_rows == {"ocr": 1, "general": 1}
+    assert splits["ocr"][0]["anchor"]["image"] == [str(broken.parent / "sound.jpg")]
+    report = skipped_rows(splits)
+    assert report is not None and report.is_relative_to(cache) and str(report) in caplog.text
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [(line["file"], line["line"], line.get("id")) for line in lines] == [
+        (str(broken), 2, "cut.jpg"),
+        (str(broken), 3, "missing.png"),
+        (str(broken), 4, "bomb.png"),
+        (str(broken), 5, None),
+    ]
+    paths = [str(broken.parent / name) for name in ("cut.jpg", "missing.png", "bomb.png", "cut.jpg")]
+    assert [line["image"] for line in lines] == paths
+    for line, why in zip(lines, ("truncated", "No such file", "pixels", "truncated"), strict=True):
+        assert why in line["reason"]
+    for path in paths:  # and they are those that training cannot open
+        with pytest.raises(ValueError, match=re.escape(path)):
+            model.preprocess([{"image": path}])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_skipping_looks_once_and_tells_each_time(broken: Path, cache: Path, caplog: pytest.LogCaptureFixture):
+    rows = load_tasks(broken, cache_dir=cache, on_error="skip").num_rows
+    (broken.parent / "sound.jpg").unlink()
+    caplog.clear()
+    assert load_tasks(broken, cache_dir=cache, on_error="skip").num_rows == rows
+    assert "left out" in caplog.text
+    assert load_tasks(broken, cache_dir=cache).num_rows["ocr"] == 4, "the other policy has a cache of its own"
+
+
+def test_where_all_images_are_sound_nothing_is_listed(broken: Path, cache: Path, caplog: pytest.LogCaptureFixture):
+    path = write(broken.parent / "sound.jsonl", [{"anchor": {"image": "sound.jpg"}, "positive": "p"}])
+    assert skipped_rows(load_tasks(path, cache_dir=cache, on_error="skip")) is None
+    assert not caplog.text
+
+
+def test_a_file_without_a_sound_row_is_refused(broken: Path, cache: Path):
+    path = write(broken.parent / "lost.jsonl", [{"anchor": {"image": "missing.png"}, "positive": "p"}])
+    with pytest.raises(ImageError, match=rf"{path}:1: cannot read the image .*missing.png"):
+        load_tasks([broken, path], cache_dir=cache, on_error="skip")
+    assert not list(cache.glob("*/splits.json"))
+
+
+def test_a_line_that_is_no_record_stops_it_under_either_policy(broken: Path, cache: Path):
+    broken.write_text('{"task": "ocr"}\n' + broken.read_text())
+    with pytest.raises(RecordError, match=rf"{broken}:1: anchor: got nothing"):
+        load_tasks(broken, cache_dir=cache, on_error="skip")
+
+
+def test_another_policy_is_refused(path: Path, cache: Path):
+    with pytest.raises(ValueError, match="on_error is 'ignore'; allowed: raise, skip"):
+        load_tasks(path, cache_dir=cache, on_error="ignore")
+
+
+def test_a_training_stops_at_a_broken_image_and_runs_without_it(broken: Path, cache: Path, model: ViPyloQwen):
+    lines = [json.loads(line) for line in broken.read_text().splitlines()]
+    path = write(broken.parent / "t.jsonl", [lines[0], lines[1]])
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(cache / "run"), max_steps=1, per_device_train_batch_size=2, report_to="none", disable_tqdm=True,
+        save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+
+    def train(policy: str) -> int:
+        data = load_tasks(path, cache_dir=cache, on_error=policy)
+        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=PrefixRoutedLoss(model))
+        return trainer.train().global_step
+
+    with pytest.raises(
+        ValueError, match=r"Input 1, image 0: cannot decode the image .*cut\.jpg|Input 0, image 0: .*cut"
+    ):
+        train("raise")
+    assert train("skip") == 1
 
 
 def test_what_a_killed_run_left_is_cleared(path: Path, cache: Path):

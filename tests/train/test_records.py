@@ -11,11 +11,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from sentence_vipyloqwen.cli import app
 from sentence_vipyloqwen.modules import images
 from sentence_vipyloqwen.tasks import ALL_TASKS, TASKS, split_prefix
 from sentence_vipyloqwen.train import records
-from sentence_vipyloqwen.train.records import Record, RecordError, Side, parse_record, read_records, validate
+from sentence_vipyloqwen.train.records import (
+    ImageError,
+    Record,
+    RecordError,
+    Side,
+    check_records,
+    parse_record,
+    read_records,
+    validate,
+)
 
 GOOD: dict[str, Any] = {"task": "ocr", "anchor": "Tổng cộng?", "positive": "320.000 đ"}
 
@@ -199,6 +210,8 @@ def test_a_long_value_is_cut_in_the_message():
 def test_a_record_error_survives_pickling():
     error = pickle.loads(pickle.dumps(RecordError("t.jsonl", 3, "why")))
     assert (str(error), error.path, error.line, error.reason) == ("t.jsonl:3: why", "t.jsonl", 3, "why")
+    error = pickle.loads(pickle.dumps(ImageError("t.jsonl", 3, "why", "a.png", "x")))
+    assert (str(error), error.image, error.id) == ("t.jsonl:3: why", "a.png", "x")
 
 
 JSON = st.recursive(
@@ -281,6 +294,98 @@ def test_validate_checks_images_by_their_header(tmp_path: Path):
     ]
     for reason, parts in zip(reasons, expected, strict=True):
         assert all(part in reason for part in parts), reason
+
+
+def test_validate_decodes_images_to_their_end_if_asked(tmp_path: Path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "good.jpg")
+    whole = (tmp_path / "good.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.png").write_bytes(png((50, 50))[:-40])
+    images = ["good.jpg", "cut.jpg", "cut.png", "missing.jpg"]
+    path = write_lines(tmp_path / "t.jsonl", *({"anchor": {"image": image}, "positive": "p"} for image in images))
+    (error,) = validate(path).errors
+    assert error.startswith(f"{path}:4: cannot read the image '{tmp_path}/missing.jpg'")
+    errors = validate(path, decode_images=True).errors
+    assert [message.split(": ")[0] for message in errors] == [f"{path}:2", f"{path}:3", f"{path}:4"]
+    assert all("cannot decode the image" in message for message in errors[:2])
+
+
+def test_an_image_that_is_not_what_its_header_says_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.png").write_bytes(png())
+    path = write_lines(tmp_path / "t.jsonl", {"anchor": {"image": "a.png"}, "positive": "p"})
+    monkeypatch.setattr(records, "image_size", lambda _: (5, 5))
+    assert "measures (4, 3), not (5, 5) as its header says" in validate(path, decode_images=True).errors[0]
+
+
+def test_checked_lines_come_in_order_whatever_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.png").write_bytes(png())
+    image = {"image": "a.png"}
+    lines = [GOOD, b"{", {**GOOD, "anchor": image}, {**GOOD, "positive": {"image": "b.png"}, "id": 7}, b" ", GOOD]
+    path = write_lines(tmp_path / "t.jsonl", *lines)
+    expected = [Record, RecordError, Record, ImageError, Record]
+    for bound, value in (("LINES_AT_ONCE", 1), ("LINES_AT_ONCE", 2), ("BYTES_AT_ONCE", 80), ("LINES_AT_ONCE", 1000)):
+        monkeypatch.setattr(records, bound, value)
+        checked = list(check_records(path))
+        assert [type(line.outcome) for line in checked] == expected
+        assert b"".join(line.line for line in checked) == path.read_bytes().replace(b" \n", b"")
+    assert checked[3].outcome.as_dict() == {
+        "file": str(path),
+        "line": 4,
+        "id": "7",
+        "image": str(tmp_path / "b.png"),
+        "reason": checked[3].outcome.reason,
+    }
+
+
+def test_an_image_of_many_lines_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened: list[Any] = []
+    monkeypatch.setattr(records, "LINES_AT_ONCE", 2)
+    monkeypatch.setattr(records, "image_size", opened.append)
+    path = write_lines(tmp_path / "t.jsonl", *[{"anchor": {"image": ["a.png", "b.png"]}, "positive": "p"}] * 5)
+    assert validate(path).records == 5
+    assert sorted(map(str, opened)) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+
+
+def test_validate_writes_a_report_of_all_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(records, "MAX_ERRORS_KEPT", 1)
+    uri = "data:image/png;base64," + "A" * 10_000
+    bad = [
+        b"{",
+        {"anchor": {"image": "đơn.png"}, "positive": "p", "id": "x"},
+        {"anchor": {"image": uri}, "positive": "p"},
+    ]
+    path = write_lines(tmp_path / "t.jsonl", GOOD, *bad)
+    report = validate(path, write_report=tmp_path / "bad.jsonl")
+    assert (len(report.errors), report.error_count) == (1, 3)
+    text = (tmp_path / "bad.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines[0] == {"file": str(path), "line": 2, "reason": report.errors[0].partition(": ")[2]}
+    assert (lines[1]["line"], lines[1]["id"], lines[1]["image"]) == (3, "x", str(tmp_path / "đơn.png"))
+    assert "No such file" in lines[1]["reason"]
+    assert lines[2]["image"].startswith("data:image/png;base64,AAA") and len(text) < 2000
+    assert "đơn.png" in text
+
+
+def test_a_report_goes_to_a_file_of_its_own(tmp_path: Path):
+    path = write_lines(tmp_path / "t.jsonl", GOOD)
+    good = tmp_path / "good.jsonl"
+    for target in (path, good, tmp_path / "sub" / ".." / "t.jsonl"):
+        with pytest.raises(ValueError, match="write_report: got .*; allowed: another file than"):
+            validate(path, write_good=good, write_report=target)
+    assert path.read_bytes() == json.dumps(GOOD).encode() + b"\n"
+
+
+def test_the_command_line_checks_images_and_writes_both_files(tmp_path: Path):
+    (tmp_path / "cut.png").write_bytes(png((50, 50))[:-40])
+    path = write_lines(tmp_path / "t.jsonl", {"anchor": {"image": "cut.png"}, "positive": "p"}, GOOD)
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    arguments = ["validate", str(path), "--write-good", str(good), "--write-report", str(bad)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (len(good.read_bytes().splitlines()), bad.read_bytes()) == (2, b"")
+    result = CliRunner().invoke(app, [*arguments, "--images"])
+    assert result.exit_code == 1 and f"{path}:1: cannot decode the image" in result.output
+    assert json.loads(good.read_bytes()) == GOOD
+    assert json.loads(bad.read_bytes())["image"] == str(tmp_path / "cut.png")
 
 
 def test_validate_looks_at_images_anew_each_time(tmp_path: Path):

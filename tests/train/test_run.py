@@ -17,50 +17,12 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import TrainerState
 
 from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen, load_tasks
+from sentence_vipyloqwen.train.build import make_arguments, make_loss
 from sentence_vipyloqwen.train.progress import TrainingProgress
 from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
-from sentence_vipyloqwen.train.run import _make_loss, _training_arguments, train
+from sentence_vipyloqwen.train.run import train
 
 Picture = Callable[..., Image.Image]
-
-
-@pytest.fixture
-def data(tmp_path: Path, picture: Picture) -> Path:
-    """Records of every task: with and without images, negatives, scores, and several turns."""
-    for seed in range(4):
-        picture(56, 56, seed=seed).save(tmp_path / f"{seed}.png")
-    records: list[dict[str, Any]] = []
-    for i in range(4):
-        image = [f"{i}.png"]
-        records += [
-            {"task": "ocr", "anchor": {"image": image, "text": "Số tiền?"}, "positive": f"{i}.000 đ"},
-            {"task": "ocr", "anchor": {"image": image, "text": "Ngày?"}, "positive": f"ngày {i}", "negative": f"{i}"},
-            {"task": "vqa_single", "anchor": {"image": image, "text": "what?"}, "positive": "red" if i % 2 else "blue"},
-            {
-                "task": "vqa_multi",
-                "anchor": {"image": [*image, "0.png"], "text": ["a?", "b", "c?"]},
-                "positive": f"c{i}",
-            },
-            {"task": "text_pair", "anchor": f"câu {i}", "positive": f"sentence {i}", "score": i / 4},
-            {"task": "instr", "anchor": f"Dịch: {i}", "positive": f"translated {i}", "lang": "vi"},
-            {"anchor": {"image": image}, "positive": f"một hình {i}", "domain": "caption"},
-        ]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    return tmp_path
-
-
-@pytest.fixture
-def recipe(base: Path, data: Path) -> Callable[..., Recipe]:
-    def make(**settings: Any) -> Recipe:
-        given = {"base": str(base), "train": str(data / "train.jsonl"), "output": str(data / "run")}
-        small = {"embedding_dim": 16, "batch_size": 2, "max_steps": 6, "logging_steps": 2, "learning_rate": 1e-3}
-        return load_recipe("tiny.yaml", {**given, **small, **settings})
-
-    return make
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return ViPyloQwen(path, device="cpu").state_dict()
 
 
 def test_a_run_leaves_model_log_metrics_and_recipe(recipe: Callable[..., Recipe], data: Path) -> None:
@@ -124,7 +86,7 @@ def test_a_checkpoint_of_the_trainer_is_a_portable_folder(
 
 
 def test_a_run_that_ended_early_goes_on(
-    recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Recipe], data: Path, weights: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the checkpoint of step 3, the run ends with the weights of one that was left alone."""
     whole = weights(train(recipe(save_steps=3, output=str(data / "whole")), device="cpu").model_path)
@@ -222,7 +184,7 @@ def test_weights_are_trained_in_float32_unless_told_otherwise(
 
 def test_the_trainer_gets_every_setting_of_the_published_run(data: Path) -> None:
     recipe = load_recipe("viPyloqwen-2b.yaml", {"train": "t.jsonl", "eval": "e.jsonl", "output": str(data)})
-    arguments = _training_arguments(recipe, data, "cpu")
+    arguments = make_arguments(recipe, data, "cpu")
     expected = {
         "num_train_epochs": 2,
         "max_steps": -1,
@@ -255,7 +217,8 @@ def test_the_loss_gets_every_setting(recipe: Callable[..., Recipe], model: ViPyl
         "pair_weight": "uniform",
         "triplet_scale": "temperature",
     }
-    got = _make_loss(recipe(**options), model).get_config_dict()
+    got = make_loss(recipe(**options, gather_negatives=True), model).get_config_dict()
+    assert got.pop("gather_across_devices")
     usual = PrefixRoutedLoss(model).get_config_dict()
     assert set(got) == set(options)
     assert got.pop("weights") == {**usual["weights"], "vqa_multi": {**usual["weights"]["vqa_multi"], "triplet": 3.0}}
@@ -268,8 +231,9 @@ def test_the_log_is_strict_json(tmp_path: Path) -> None:
     state = TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
     logs = {"loss": float("nan"), "ocr/triplet": float("inf"), "learning_rate": 0.5}
     progress.on_log(None, state, None, logs)
-    entry = {"step": 1, "loss": None, "ocr/triplet": None, "learning_rate": 0.5}
-    assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == entry
+    entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert entry.pop("memory_gb") > 0
+    assert entry == {"step": 1, "loss": None, "ocr/triplet": None, "learning_rate": 0.5}
 
 
 def test_the_bar_can_be_stopped_at_any_time(tmp_path: Path) -> None:

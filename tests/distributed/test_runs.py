@@ -1,0 +1,101 @@
+"""Runs by recipe on two ranks that end early: both stop at the same step, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from sentence_vipyloqwen import ViPyloQwen
+from sentence_vipyloqwen.train.checkpoints import complete_checkpoints, step_of
+
+
+@pytest.fixture
+def data(tmp_path: Path, picture: Callable[..., Image.Image]) -> Path:
+    """Records with images and without."""
+    records: list[dict[str, Any]] = []
+    for i in range(8):
+        picture(56, 56, seed=i).save(tmp_path / f"{i}.png")
+        records += [
+            {"task": "ocr", "anchor": {"image": [f"{i}.png"], "text": "Số tiền?"}, "positive": f"{i}.000 đ"},
+            {"task": "instr", "anchor": f"Dịch: {i}", "positive": f"translated {i}"},
+        ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    return file
+
+
+@pytest.fixture
+def settings(base: Path, data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    from run_workers import settings_of
+
+    return lambda name="run", **more: {**settings_of(base, data, tmp_path / name), **more}
+
+
+@pytest.fixture
+def again(tmp_path: Path) -> Callable[..., list[Any]]:
+    """`again(number, function, *args)`: the n-th call of the ranks in one test."""
+    from ranks import run_ranks
+
+    def call(number: int, *args: Any) -> list[Any]:
+        folder = tmp_path / f"ranks-{number}"
+        folder.mkdir()
+        return partial(run_ranks, folder)(*args)
+
+    return call
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_to_the_bit(
+    again: Callable[..., Any], settings: Callable[..., dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    import run_workers
+
+    assert again(0, run_workers.whole, settings("whole", eval=str(data))) == [True, False]
+    told = again(1, run_workers.signalled, settings(eval=str(data)), 1, 3)
+    assert all("Step 3 is saved in" in message for message in told)
+    checkpoints = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [step_of(path) for path in checkpoints] == [2, 3]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(
+        json.loads((checkpoints[-1] / "complete.json").read_text())["files"]
+    )
+    again(2, run_workers.whole, settings(eval=str(data)))
+    first, second = (ViPyloQwen(tmp_path / name / "model", device="cpu").state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_loss_that_is_no_number_on_one_rank_stops_both(
+    again: Callable[..., Any], settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    import run_workers
+
+    told = again(0, run_workers.poisoned, settings(), 1, 2)
+    assert all("step 2 is NaN or infinite" in message for message in told)
+    folder = tmp_path / "run" / "stopped" / "step-2"
+    assert {path.name for path in folder.iterdir()} == {"rank-0-batch-0", "rank-1-batch-0", "model"}
+    assert all(value.isfinite().all() for value in ViPyloQwen(folder / "model", device="cpu").state_dict().values())
+
+
+def test_a_sharded_run_goes_on_and_leaves_the_best_as_a_portable_folder(
+    again: Callable[..., Any], settings: Callable[..., dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    import run_workers
+
+    more = {"eval": str(data), "eval_steps": 2, "best_metric": "mean", "keep_checkpoints": 3}
+    assert again(0, run_workers.sharded, settings("whole", **more)) == [("", True), ("", False)]
+    told = again(1, run_workers.sharded, settings(**more), 3)
+    assert all("Step 3 is saved in" in message for message, _ in told)
+    again(2, run_workers.sharded, settings(**more))
+    first, second = (tmp_path / name / "model" for name in ("whole", "run"))
+    assert not (first / "training_args.bin").exists()
+    weights = [SentenceTransformer(str(path), device="cpu").state_dict() for path in (first, second)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    best = SentenceTransformer(state["best_model_checkpoint"], device="cpu").state_dict()
+    assert all(torch.equal(value, best[name]) for name, value in weights[0].items())
