@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sentence_vipyloqwen.index import VectorIndex
-    from sentence_vipyloqwen.losses import PrefixRoutedLoss
+    from sentence_vipyloqwen.losses import CachedPrefixRoutedLoss, PrefixRoutedLoss
     from sentence_vipyloqwen.model import ViPyloQwen
     from sentence_vipyloqwen.tasks import TASKS
     from sentence_vipyloqwen.train.dataset import load_tasks
 
-__all__ = ["TASKS", "PrefixRoutedLoss", "VectorIndex", "ViPyloQwen", "load_tasks"]
+__all__ = ["TASKS", "CachedPrefixRoutedLoss", "PrefixRoutedLoss", "VectorIndex", "ViPyloQwen", "load_tasks"]
 
 _HOMES = {
     "TASKS": "tasks",
+    "CachedPrefixRoutedLoss": "losses",
     "PrefixRoutedLoss": "losses",
     "VectorIndex": "index",
     "ViPyloQwen": "model",

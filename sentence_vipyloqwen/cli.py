@@ -1,8 +1,9 @@
-"""The command line: ``vipyloqwen demo | create | validate | train | evaluate | index | search``."""
+"""The command line: ``vipyloqwen demo | create | validate | mine | train | evaluate | index | search``."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from sentence_vipyloqwen.model import ViPyloQwen
 
 WIDTH_OF_A_PIPE = 140  # characters; a table of figures would be cut at the 80 that rich assumes
@@ -48,7 +51,7 @@ def main() -> None:
     try:
         app(prog_name="vipyloqwen")
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+        _tell_error(error)
         sys.exit(1)
 
 
@@ -103,13 +106,19 @@ def validate(
     write_good: Annotated[
         Path | None, typer.Option(help="Write the good lines to this file, beside the first.")
     ] = None,
+    write_report: Annotated[
+        Path | None, typer.Option(help="Write all bad lines to this JSONL file: file, line, image, reason.")
+    ] = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Decode every image to its end: finds those cut off, takes long.")
+    ] = False,
 ) -> None:
     """Check a file of training records: every bad line is reported as file:line, what came, what is allowed."""
     from rich.table import Table
 
     from sentence_vipyloqwen.train.records import validate as check
 
-    report = check(file, write_good=write_good, show_progress_bar=True)
+    report = check(file, decode_images=images, write_good=write_good, write_report=write_report, show_progress_bar=True)
     screen = _screen()
     for error in report.errors:
         screen.print(_escape(error), soft_wrap=True)
@@ -122,42 +131,172 @@ def validate(
 
 
 @app.command()
+def mine(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a finished model: ours, or any other.")],
+    train: Annotated[Path, typer.Argument(help="JSONL file of training records.")],
+    output: Annotated[Path, typer.Argument(help="JSONL file to write; image paths in it are made relative to it.")],
+    negatives: Annotated[int, typer.Option(min=1, help="How many a row gets: all of them or none.")] = 1,
+    skip_top: Annotated[int, typer.Option(min=0, help="Pass over the K nearest candidates.", metavar="K")] = 0,
+    top: Annotated[int, typer.Option(min=1, help="Look at the R nearest candidates.", metavar="R")] = 50,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Take random ones of those that qualify, not the nearest.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of --sample.")] = 0,
+    relative_margin: Annotated[
+        float, typer.Option(min=0, help="A negative's cosine is lower than the positive's by this share of it.")
+    ] = 0.05,
+    absolute_margin: Annotated[
+        float | None, typer.Option(min=0, help="And lower by this much; none by default.")
+    ] = None,
+    no_margin: Annotated[bool, typer.Option("--no-margin", help="Allow any cosine; for closed sets.")] = False,
+    all_tasks: Annotated[
+        bool, typer.Option("--all-tasks", help="Take candidates from all tasks, not the row's own.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Mine for rows that have negatives, too.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for embeddings; in the cache of datasets by default.")
+    ] = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+) -> None:
+    """Find hard negatives for training records, texts and images alike, with a model.
+
+    A hard negative is an answer that the model takes for close, and that is wrong. Candidates are the other answers in
+    the file: the distinct positives of the row's task. Never taken are the positives of any row with the same anchor,
+    and candidates **nearly as close as the row's own positive** or closer: those are often right answers that nobody
+    wrote down. How near is too near, `--relative-margin` says: at 0.05, with the positive at cosine 0.80, a negative
+    lies at 0.76 or below. Where the positives are a closed set of answers (yes and no, colours), every other answer is
+    wrong for certain: use `--no-margin`.
+
+    Rows come out in their order with all their fields. Written as they are, and counted, are rows that find too few,
+    rows that have negatives (unless `--replace`), and rows with a score, which is a graded judgement that no mined pair
+    has. Embeddings are kept by model and content: after a kill, the same command goes on where it stopped.
+
+    Examples:
+
+    `vipyloqwen mine run/model train.jsonl mined.jsonl`
+
+    `vipyloqwen mine run/model train.jsonl mined.jsonl --negatives 4 --skip-top 5 --top 100 --sample`
+    """
+    from sentence_vipyloqwen.train.hard_negatives import MiningOptions
+    from sentence_vipyloqwen.train.mining import mine_negatives
+
+    options = MiningOptions(
+        negatives=negatives,
+        skip_top=skip_top,
+        top=top,
+        sample=sample,
+        seed=seed,
+        relative_margin=None if no_margin else relative_margin,
+        absolute_margin=None if no_margin else absolute_margin,
+        all_tasks=all_tasks,
+        replace=replace,
+    )
+    loaded = _load_any(model, device)
+    report = mine_negatives(
+        loaded, train, output, options, batch_size=batch_size, cache_dir=cache, show_progress_bar=True
+    )
+    screen = _screen()
+    screen.print(report.table())
+    if report.too_few:
+        screen.print(f"{report.too_few} rows found too few: a larger --top or a smaller margin finds more.")
+    screen.print(f"{report.embedded} contents embedded, {report.reused} found in the cache:")
+    screen.print(f"{_escape(report.cache)} ({report.cache_bytes / 1e6:,.1f} MB)", soft_wrap=True)
+    screen.print(f"Wrote {_escape(str(output))}.", soft_wrap=True)
+
+
+@app.command()
 def train(
     recipe: Annotated[
-        str | None, typer.Option(help="YAML file, or a shipped one: viPyloqwen-2b.yaml, tiny.yaml.")
+        str | None,
+        typer.Option(
+            help="YAML file of settings, or a shipped one: viPyloqwen-2b.yaml (published run), tiny.yaml (CPU)."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Qwen2-VL checkpoint, or a finished model to go on with.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="What to begin with: a Qwen2-VL checkpoint, or a finished model to go on with.")
+    ] = None,
     train: Annotated[list[Path] | None, typer.Option(help="JSONL file of records; may be given often.")] = None,
-    eval: Annotated[Path | None, typer.Option(help="JSONL file of held-out records.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints, log, metrics and model.")] = None,
+    eval: Annotated[
+        Path | None,
+        typer.Option(help="JSONL file of held-out records: measured before and after, and every eval_steps."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for all that the run writes; one for each run.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any setting of the recipe, its value as YAML; may be given often."
+        ),
     ] = None,
     resume: Annotated[
         bool | None,
-        typer.Option("--resume/--no-resume", help="Go on from the last checkpoint in the output folder, or refuse to."),
+        typer.Option(
+            "--resume/--no-resume", help="Go on from the last complete checkpoint in the output, or refuse to."
+        ),
     ] = None,
+    show: Annotated[
+        bool,
+        typer.Option("--show", help="Print the recipe, comments and all, and do nothing: to copy, read and change."),
+    ] = False,
     device: Device = None,
 ) -> None:
-    """Train a model by a recipe.
+    """Train a model by a recipe; run the same command again to go on after any end.
 
-    Settings on the command line replace the recipe's. A record is one JSON object a line:
+    **Data.** One JSON object a line; `vipyloqwen validate` checks a file:
 
     `{"task": "ocr", "anchor": {"image": ["a.png"], "text": "Số tiền?"}, "positive": "1.250.000 đ"}`
 
+    **Settings** come from the recipe; `--set` replaces one for this run. All are explained in the published run's
+    recipe: `vipyloqwen train --recipe viPyloqwen-2b.yaml --show`. What one changes most:
+
+    - *batch*: `batch_size` rows on each device; `loss_mini_batch_size=16` computes a large batch in parts that fit the
+      memory, `gather_negatives=true` contrasts it with the other devices' rows.
+
+    - *memory*: `gradient_checkpointing=true`, `bf16=true`, `tuning=lora` (or `qlora`), `frozen=[visual]`.
+
+    - *speed of learning*: `learning_rate=1e-4`, or by part `learning_rates={visual: 1e-5, linear: 1e-3}`.
+
+    - *length*: `epochs=2` or `max_steps=5000`; `eval_steps=500 best_metric=mean patience=5` keeps the best model and
+      ends when nothing improves.
+
+    - *safety*: `save_steps=500`.
+
+    **Several devices**: `accelerate launch --config_file FILE -m sentence_vipyloqwen train ...`, with a file of
+    `train/accelerate/` in the package.
+
+    **What the output holds**: `model/` (load it with `SentenceTransformer`), `training.html` (curves, to open in a
+    browser), `metrics.json`, `log.jsonl`, `recipe.yaml`, `checkpoints/`, and `tensorboard/` where that is installed.
+
+    **Ends.** Ctrl-C or SIGTERM: the step under way ends, a checkpoint is written, exit code 130 or 143; a second one
+    ends at once. A loss that is no number: the batch and the last good weights are in `stopped/`.
+
     Example: `vipyloqwen train --recipe tiny.yaml --base my-base --train train.jsonl --output run --set epochs=3`
     """
-    from sentence_vipyloqwen.train.recipe import load_recipe
+    from sentence_vipyloqwen.train.batches import NonFiniteStep
+    from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
+    from sentence_vipyloqwen.train.recipe import load_recipe, recipe_text
     from sentence_vipyloqwen.train.run import train as run
+
+    if show:
+        typer.echo(recipe_text(recipe or "viPyloqwen-2b.yaml"), nl=False)
+        return
 
     given = {"base": base, "eval": eval and str(eval), "output": output and str(output)}
     given |= {"train": [str(path) for path in train] if train else None, "resume": resume}
     overrides = {key: value for key, value in given.items() if value is not None}
-    result = run(load_recipe(recipe, {**_settings(set_ or []), **overrides}), device=device)
+    settings = load_recipe(recipe, {**_settings(set_ or []), **overrides})
+    try:
+        result = run(settings, device=device)
+    except (NonFiniteStep, ProcessLost, TrainingInterrupted) as error:
+        _tell_error(error)
+        raise typer.Exit(getattr(error, "exit_code", 1)) from error
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process of several speaks
     screen = _screen()
     if result.after:
         screen.print(result.after.table())
     screen.print(f"Saved {result.model_path}: load it with SentenceTransformer or ViPyloQwen.")
+    screen.print(f"Curves and figures: {Path(settings.output) / 'training.html'}")
 
 
 @app.command()
@@ -243,6 +382,28 @@ def _load(path: str, device: str | None) -> ViPyloQwen:
     return ViPyloQwen(path, device=device)
 
 
+def _load_any(path: str, device: str | None) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(path, device=device) if _is_stock(path) else _load(path, device)
+
+
+def _is_stock(path: str) -> bool:
+    """Whether a folder or Hub id is a finished model that is not of Qwen2-VL."""
+    import json
+
+    from sentence_transformers.util import load_file_path
+
+    from sentence_vipyloqwen.modules.qwen2_vl import MODEL_TYPE
+
+    modules, config = (load_file_path(path, name) for name in ("modules.json", "config.json"))
+    if modules is None:
+        return False  # nor is it ours: loading it tells
+    if not json.loads(Path(modules).read_bytes())[0]["type"].endswith(".Transformer"):
+        return True
+    return config is not None and json.loads(Path(config).read_bytes()).get("model_type") != MODEL_TYPE
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """The settings of ``--set KEY=VALUE``, each value read as YAML."""
     import yaml
@@ -259,6 +420,10 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
+def _tell_error(error: Exception) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+
+
 def _screen() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
 
@@ -270,8 +435,9 @@ def _escape(text: str) -> str:
 
 
 def _silence_libraries() -> None:
-    """transformers draws a bar for every load and save; a command that shows its own has no use for them."""
+    """transformers draws a bar for every load and save, torch warns of how torchao is written: no use to a command."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     set_verbosity_error()
     disable_progress_bar()

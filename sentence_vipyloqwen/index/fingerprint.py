@@ -6,7 +6,7 @@ Only facts are read that a ``ViPyloQwen`` and a stock ``SentenceTransformer`` of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import xxhash
 from sentence_transformers import SentenceTransformer
+
+from sentence_vipyloqwen.hashing import hash_tensors
 
 _MODULE_FACTS = ("pooling_mode", "include_prompt", "activation_function")
 _IMAGE_FACTS = ("image_mean", "image_std", "rescale_factor", "resample", "patch_size", "merge_size")
@@ -24,13 +26,15 @@ class Fingerprint:
     """What decides a model's vectors.
 
     Attributes:
-        weights: xxh3-128 of every tensor of the state dict: name, dtype, shape and bytes (32 hexadecimal digits).
+        weights: xxh3-128 of every tensor of the state dict: name, dtype, shape and bytes (32 hexadecimal digits). Of a
+            quantised model, those of the float model that it was made of.
         dim: Dimensions of an embedding, after truncation.
         prompts: Prompt name -> text, empty ones left out: they change nothing.
         default_prompt_name: Name of the prompt that is used where none is asked for.
         processing: What else changes a vector: ``max_seq_length`` (tokens), ``min_pixels`` and ``max_pixels`` of an
             image, how its pixels become patches (``image_mean``, ``image_std``, ``rescale_factor``, ``resample``,
-            ``patch_size``, ``merge_size``), ``vocabulary`` (a hash), ``modules`` (pooling and activations).
+            ``patch_size``, ``merge_size``), ``vocabulary`` (a hash), ``modules`` (pooling and activations),
+            ``quantize`` (``"int8"``; absent for a float model).
     """
 
     weights: str
@@ -65,6 +69,14 @@ class Fingerprint:
         mine, theirs = self._flat(), other._flat()
         return [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
 
+    def may_query(self, index: Fingerprint) -> bool:
+        """Whether a model of this fingerprint may query an index of that one.
+
+        It may if the two are equal, or if they are a float model and the quantised model made of it, either way round:
+        their vectors differ, but by so little that they rank alike.
+        """
+        return set(self.differences(index)) <= {"processing.quantize"}
+
     def _flat(self) -> dict[str, Any]:
         flat = self.to_dict()
         processing = flat.pop("processing")
@@ -90,7 +102,7 @@ def fingerprint(model: SentenceTransformer) -> Fingerprint:
     if dim is None:
         raise ValueError("The model does not tell its embedding dimension (get_embedding_dimension() is None).")
     return Fingerprint(
-        weights=_hash_tensors(model.state_dict().items()),
+        weights=_weights(model),
         dim=dim,
         prompts={name: text for name, text in model.prompts.items() if text},
         default_prompt_name=model.default_prompt_name,
@@ -98,13 +110,9 @@ def fingerprint(model: SentenceTransformer) -> Fingerprint:
     )
 
 
-def _hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(tensors):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # As bytes, for numpy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _weights(model: SentenceTransformer) -> str:
+    quantization = getattr(model, "quantization", None)
+    return quantization.float_weights if quantization else hash_tensors(model.state_dict().items())
 
 
 def _processing(model: SentenceTransformer) -> dict[str, Any]:
@@ -115,6 +123,7 @@ def _processing(model: SentenceTransformer) -> dict[str, Any]:
         **{name: _plain(getattr(image_processor, name, None)) for name in _IMAGE_FACTS},
         "vocabulary": _hash_vocabulary(_part(model, "tokenizer")),
         "modules": [_module_facts(module) for module in model],
+        "quantize": getattr(getattr(model, "quantization", None), "mode", None),
     }
     return {name: value for name, value in facts.items() if value is not None}
 

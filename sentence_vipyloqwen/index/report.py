@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from sentence_vipyloqwen.index.items import query_input
 from sentence_vipyloqwen.index.vector_index import Hit, Query
 from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.modules.inputs import ImageSource
+from sentence_vipyloqwen.pages import load_template
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,9 @@ def write_report(
         raise ValueError(f"lang is {lang!r}; allowed is one of {list(LABELS)}.")
     pictures = _Pictures()
     sections = [_section(result, position, pictures) for position, result in enumerate(results)]
-    page = _template().render(title=title, subtitle=subtitle, lang=lang, labels=LABELS[lang], sections=sections)
+    page = load_template("sentence_vipyloqwen.index", "search.html.jinja").render(
+        title=title, subtitle=subtitle, lang=lang, labels=LABELS[lang], sections=sections
+    )
     return _write(Path(path), page)
 
 
@@ -173,17 +175,6 @@ def _value(value: Any) -> str:
 
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … (+{len(text) - limit:,})"
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader("sentence_vipyloqwen.index"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("search.html.jinja")
 
 
 def _write(path: Path, page: str) -> Path:

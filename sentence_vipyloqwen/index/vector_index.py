@@ -120,7 +120,7 @@ class VectorIndex:
 
         Args:
             folder: What :meth:`build` wrote.
-            model: The model the index was built with.
+            model: The model the index was built with, or the same one with or without ``quantize``.
 
         Raises:
             ValueError: If the model is another one (weights, dimension, prompts, processing), or if a file of the index
@@ -226,7 +226,7 @@ def _embed(
 
 def _check_model(manifest: Manifest, model: SentenceTransformer, folder: Path) -> None:
     built_with, given = manifest.fingerprint, fingerprint(model)
-    if built_with != given:
+    if not given.may_query(built_with):
         raise ValueError(
             f"The index {folder} was built with the model {built_with}; the model given is {given}. They differ in: "
             f"{', '.join(built_with.differences(given))}. Load the model the index was built with, or build the index "
