@@ -1,99 +1,216 @@
-"""Encode the same inputs with ``ViPyloQwen`` and with stock ``SentenceTransformer``; print the ratio of their times.
+"""Encode the same inputs with ``ViPyloQwen`` and with stock ``SentenceTransformer``: time and memory.
 
-Same weights, one process, the two in turn, the median of several rounds. Run with ``make bench``.
+Both sides load the same folder, so their weights are the same. For each corpus: one round of both warms up, gives the
+peak memory of each and checks that their vectors agree (lowest cosine >= 0.9999, or the run fails); then both are timed
+in turn, beside bare matrix products of the model's own shapes. Ratios are taken within a round.
+
+  times faster     stock's seconds / ours: median of the rounds (lowest-highest)
+  share of rate    time that our useful work takes as bare float32 matrix products, at their highest rate in the run /
+                   time we took; useful (benchmarks/flops.py): real tokens only, an image or input that repeats once
+  memory           200 large images in one call, each side in a process of its own, at two batch sizes
+
+Examples:
+  python benchmarks/encode_vs_stock.py
+  python benchmarks/encode_vs_stock.py --corpus text shared --rows 64 --rounds 5
+  python benchmarks/encode_vs_stock.py --corpus memory --memory-images 50
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import importlib.util
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import common
+import measure
 import numpy as np
-from PIL import Image
-from rich.console import Console
-from rich.table import Table
+import torch
+from corpora import COPIES, Draw, encode_corpora
+from flops import useful_work
 from sentence_transformers import SentenceTransformer
 
-from sentence_vipyloqwen import ViPyloQwen
-from sentence_vipyloqwen.demo.base_model import make_tiny_base
+CORPORA = ("text", "images", "mixed", "several", "shared", "duplicates", "single", "memory")
+MEMORY_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 32, "vision_layers": 1}
+"""Of the model that encodes large images: narrow, or attention over 4,800 patches an image takes minutes."""
 
-WORDS = [
-    "số",
-    "tiền",
-    "tổng",
-    "cộng",
-    "phải",
-    "thanh",
-    "toán",
-    "hóa",
-    "đơn",
-    "ngày",
-    "tháng",
-    "năm",
-    "công",
-    "ty",
-    "khách",
-    "hàng",
-    "a",
-    "red",
-    "circle",
-    "on",
-    "a",
-    "page",
-]
+MEMORY_BATCHES = (8, 32)
+INT8_COLUMNS = ("int8: times faster", "int8: lowest cosine to float32")
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=48, help="inputs of each kind")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides")
-    options = parser.parse_args()
+    """Run the corpora asked for and report them."""
+    options = parser().parse_args()
+    common.set_up(options)
     with tempfile.TemporaryDirectory() as folder:
-        path = make_model(Path(folder))
-        sides = ViPyloQwen(path, device="cpu"), SentenceTransformer(path, device="cpu")
-        table = Table("inputs", "stock / ours, median", "lowest", "highest", title="times faster than stock")
-        for name, inputs in corpora(options.rows).items():
-            ratios = compare(*sides, inputs, options.rounds)
-            table.add_row(name, *(f"{f(ratios):.2f}" for f in (statistics.median, min, max)))
-    Console().print(table)
+        if names := [name for name in options.corpus if name != "memory"]:
+            speed(Path(folder), names, options)
+        if "memory" in options.corpus:
+            memory(Path(folder), options)
 
 
-def make_model(folder: Path) -> str:
-    """A small model, large enough that arithmetic dominates."""
-    base = make_tiny_base(folder / "base", WORDS * 20, hidden_size=384, layers=6, vision_size=256, vision_layers=4)
-    model = ViPyloQwen.create(base, 256, device="cpu")
-    model.save_pretrained(str(folder / "model"), create_model_card=False)
-    return str(folder / "model")
+def parser() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
+    options = common.parser(__doc__, rows=128, corpora=CORPORA)
+    options.add_argument("--batch-size", type=int, default=32, help="of both sides; ours takes it for an upper bound")
+    options.add_argument("--memory-images", type=int, default=200, help="large images of the corpus 'memory'")
+    has_int8 = importlib.util.find_spec("torchao") is not None
+    options.add_argument("--int8", action=argparse.BooleanOptionalAction, default=has_int8, help="quantised model too")
+    return options
 
 
-def corpora(rows: int) -> dict[str, list[Any]]:
-    """Texts of 3 to 300 words (log-uniform), images of 112 to 480 pixels a side, and both together."""
-    rng = np.random.default_rng(0)
-    lengths = np.exp(rng.uniform(np.log(3), np.log(300), rows)).astype(int)
-    texts = [" ".join(rng.choice(WORDS, length)) for length in lengths]
-    sizes = rng.integers(112, 480, (rows // 4, 2))
-    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    mixed = [{"image": image, "text": text} for image, text in zip(images, texts, strict=False)]
-    return {"text": texts, "images": images, "mixed": mixed}
+# --- times faster -----------------------------------------------------------------------------------------------------
 
 
-def compare(ours: ViPyloQwen, stock: SentenceTransformer, inputs: Sequence[Any], rounds: int) -> list[float]:
-    """Ratios of stock's time to ours, the two in turn, after one round of warm-up."""
-    ratios = []
-    for _ in range(rounds + 1):
-        seconds = []
-        for model in (ours, stock):
-            start = time.perf_counter()
-            model.encode(list(inputs), batch_size=16)
-            seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[1] / seconds[0])
-    return ratios[1:]
+@dataclass(frozen=True, kw_only=True)
+class EncodeResult(measure.Result):
+    """One corpus.
+
+    Attributes:
+        int8_cosine: The lowest cosine of the quantised model's vectors to ours; None where it was not run.
+    """
+
+    int8_cosine: float | None = None
+
+    def line(self) -> list[Any]:
+        """Its cells of the table, in the order of ``COLUMNS`` and :data:`INT8_COLUMNS`."""
+        if self.int8_cosine is None:
+            return super().line()
+        return [*super().line(), measure.spread(self.times_faster("int8")), f"{self.int8_cosine:.4f}"]
+
+
+def speed(folder: Path, names: Sequence[str], options: argparse.Namespace) -> list[EncodeResult]:
+    """Compare the sides on corpora and report a table of them."""
+    path = common.make_model(folder, {name: getattr(options, name) for name in common.SIZES})
+    models = {side: common.load(side, path) for side in ("stock", "ours", *["int8"] * options.int8)}
+    corpora, results = encode_corpora(options.rows), []
+    for name in names:
+        print(f"{name} ...", flush=True)
+        results.append(compare(models, name, corpora[name], options.batch_size, options.rounds))
+    notes = [
+        f"- model: random weights, float32; {common.parameters(models['stock'])}; batch_size {options.batch_size}",
+        f"- duplicates: each input {COPIES} times; single: each input in a call of its own",
+        f"- {measure.describe_rates(results)}",
+        common.machine(options),
+    ]
+    columns = (*measure.COLUMNS, *INT8_COLUMNS * options.int8)
+    body = "\n\n".join([common.table(columns, [result.line() for result in results]), "\n".join(notes)])
+    common.report("Encode, against stock SentenceTransformer", body, options.output)
+    return results
+
+
+def compare(
+    models: Mapping[str, SentenceTransformer], name: str, inputs: list[Any], batch_size: int, rounds: int
+) -> EncodeResult:
+    """Compare the sides on one corpus.
+
+    Args:
+        models: ``"stock"``, ``"ours"`` and possibly ``"int8"``.
+        name: The corpus.
+        inputs: Its inputs.
+        batch_size: Of both sides.
+        rounds: Timed rounds.
+
+    Raises:
+        RuntimeError: If the vectors of the sides disagree.
+    """
+    run = one_by_one if name == "single" else at_once
+    jobs = {side: partial(run, model, inputs, batch_size) for side, model in models.items()}
+    for model in models.values():
+        run(model, inputs[:2], batch_size)  # what is set up once is nobody's peak memory
+    vectors, megabytes = measure.warm_up(jobs)
+    cosine = measure.lowest_cosine(vectors["ours"], vectors["stock"])
+    measure.check_agreement(name, cosine)
+    work = useful_work(models["ours"], inputs)
+    seconds, rates = measure.timed(jobs, models["ours"], rounds)
+    return EncodeResult(
+        name=name,
+        rows=len(inputs),
+        seconds=seconds,
+        megabytes=megabytes,
+        work=work,
+        rates=rates,
+        cosine=cosine,
+        int8_cosine=measure.lowest_cosine(vectors["int8"], vectors["ours"]) if "int8" in vectors else None,
+    )
+
+
+def at_once(model: SentenceTransformer, inputs: list[Any], batch_size: int) -> np.ndarray:
+    """All inputs in one call: (N, D) float32."""
+    return model.encode(inputs, batch_size=batch_size, show_progress_bar=False)
+
+
+def one_by_one(model: SentenceTransformer, inputs: list[Any], batch_size: int) -> np.ndarray:
+    """Each input in a call of its own, as queries come: (N, D) float32."""
+    return np.concatenate([at_once(model, [item], batch_size) for item in inputs])
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Encode many large images in one call, each side in its own process, and report the peaks.
+
+    Returns:
+        For each batch size: ``batch_size`` and side -> (peak in megabytes, seconds).
+    """
+    print("memory ...", flush=True)
+    sizes = {name: min(size, getattr(options, name)) for name, size in MEMORY_SIZES.items()}
+    path = common.make_model(folder / "memory", sizes)
+    inputs = Draw().large_images(folder, options.memory_images)
+    results = []
+    for batch_size in MEMORY_BATCHES:
+        run = partial(_in_own_process, path, inputs, batch_size, options.threads)
+        results.append({"batch_size": batch_size, **{side: run(side) for side in ("stock", "ours")}})
+    columns = ("batch_size", "stock, MB", "ours, MB", "stock, s", "ours, s", "times faster")
+    notes = [
+        f"- {options.memory_images} JPEG files of 1120 x 840 pixels, 1,200 tokens each; each side in its own process",
+        f"- a narrow model: {common.parameters(common.load('stock', path))}",
+        common.machine(options),
+    ]
+    body = "\n\n".join([common.table(columns, map(_memory_line, results)), "\n".join(notes)])
+    common.report("Memory: many large images in one encode", body, options.output)
+    return results
+
+
+def _in_own_process(path: str, inputs: list[Any], batch_size: int, threads: int, side: str) -> tuple[float, float]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peak_of_encode, side, path, inputs, batch_size, threads).result()
+
+
+def peak_of_encode(side: str, path: str, inputs: list[Any], batch_size: int, threads: int) -> tuple[float, float]:
+    """Encode in this process, after one image that warms up.
+
+    Returns:
+        Peak memory above that of the loaded model, in megabytes, and seconds.
+    """
+    torch.set_num_threads(threads)
+    model = common.load(side, path)
+    at_once(model, inputs[:1], batch_size)
+    with measure.PeakMemory() as peak:
+        start = time.perf_counter()
+        at_once(model, inputs, batch_size)
+        seconds = time.perf_counter() - start
+    return peak.megabytes, seconds
+
+
+def _memory_line(result: Mapping[str, Any]) -> list[Any]:
+    (stock, stock_seconds), (ours, our_seconds) = result["stock"], result["ours"]
+    return [
+        result["batch_size"],
+        f"{stock:.0f}",
+        f"{ours:.0f}",
+        f"{stock_seconds:.1f}",
+        f"{our_seconds:.1f}",
+        f"{stock_seconds / our_seconds:.2f}",
+    ]
 
 
 if __name__ == "__main__":
