@@ -15,13 +15,14 @@ check: .venv/installed  ## Style: ruff's lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/installed  ## Ratios against stock sentence-transformers
-	$(BIN)/python benchmarks/encode_vs_stock.py
+bench: .venv/installed  ## Ratios against stock sentence-transformers, written to benchmarks/results.md
+	$(BIN)/python benchmarks/encode_vs_stock.py --output benchmarks/results.md
+	$(BIN)/python benchmarks/train_vs_stock.py --output benchmarks/results.md
 
 clean:
 	rm -rf .venv build dist *.egg-info $(OUTPUT)
 
-.venv/installed: setup.cfg pyproject.toml
+.venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
