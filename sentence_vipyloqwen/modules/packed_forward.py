@@ -59,21 +59,21 @@ def _log_once(level: int, reason: str) -> None:
     logger.log(level, "Batches are padded, not packed, which is slower: %s; allowed is %s, no window.", reason, allowed)
 
 
-def run_packed(model: Qwen2VLModel, packing: Packing, input_ids: Tensor, patches: Tensor | None) -> Tensor:
+def run_packed(model: Qwen2VLModel, packing: Packing, input_ids: Tensor, vision: Tensor | None) -> Tensor:
     """Compute the last layer's output for every token of a packed sequence.
 
     Args:
         model: A model that :func:`prepare` found ready.
         packing: The plan of the batch.
         input_ids: (B, L) the padded batch.
-        patches: The patches of ``packing.images``, in that order, in floats; ``None`` without images.
+        vision: (merged patches, hidden) of ``packing.images``, in that order: what :func:`run_vision` gives; ``None``
+            without images.
 
     Returns:
         (T, hidden).
     """
     embeddings = model.get_input_embeddings()(input_ids.flatten()[packing.source])  # (T, hidden)
-    if patches is not None:
-        vision = run_vision(model, patches, packing.grids)  # (merged patches, hidden)
+    if vision is not None:
         shown = vision[packing.vision_rows].to(embeddings.dtype)  # (V, hidden)
         embeddings = embeddings.index_copy(0, packing.image_tokens, shown)
     else:
@@ -137,14 +137,21 @@ def keep_vision_in_step(model: Qwen2VLModel, embeddings: Tensor) -> Tensor:
     return embeddings + 0 * vision.to(embeddings.dtype)
 
 
-def select_patches(features: Mapping[str, Any], packing: Packing) -> Tensor | None:
-    """The patches of ``packing.images``: each different image of a batch once; ``None`` without images."""
-    if not packing.images:
-        return None
+def select_patches(features: Mapping[str, Any], packing: Packing, places: Sequence[int]) -> Tensor:
+    """The patches of some of a batch's different images.
+
+    Args:
+        features: A batch with images.
+        packing: Its plan.
+        places: Of the images, among ``packing.images``.
+    """
     patches: Tensor = features["pixel_values"]
-    if PLAN in features:  # chosen already
+    sizes = features["image_grid_thw"].prod(dim=1).tolist()
+    if PLAN in features:  # the plan's images are there alone, in its order
+        sizes, chosen = [sizes[image] for image in packing.images], list(places)
+    else:
+        chosen = [packing.images[place] for place in places]
+    if chosen == list(range(len(sizes))):
         return patches
-    parts = patches.split(features["image_grid_thw"].prod(dim=1).tolist())
-    if packing.images == tuple(range(len(parts))):
-        return patches
-    return torch.cat([parts[image] for image in packing.images])
+    parts = patches.split(sizes)
+    return torch.cat([parts[image] for image in chosen])

@@ -181,7 +181,7 @@ class _Images:
         counts = features["num_images_per_sample"].cpu().numpy()
         patches = features["image_grid_thw"][:, 1:].cpu().numpy()
         grids = patches // merge_size
-        shown = np.column_stack([_keys(features, counts), patches])  # one key with two sizes: two images
+        shown = np.column_stack([_keys(features), patches])  # one key with two sizes: two images
         _, first, unique = np.unique(shown, axis=0, return_index=True, return_inverse=True)
         sizes = grids.prod(axis=1)
         order = np.lexsort((first, sizes[first]))  # images of one size lie together, in their own order
@@ -207,17 +207,21 @@ class _Images:
         return before - before[np.searchsorted(self.rows, self.rows)]
 
 
-def _keys(features: Mapping[str, Tensor], counts: np.ndarray) -> np.ndarray:
-    """(I,) what images go by: their content key, or where there is none a number of their own."""
-    total = int(counts.sum())
-    own = -1 - np.arange(total)
+def content_keys(features: Mapping[str, Tensor]) -> np.ndarray:
+    """(I,) the content key of each image of a batch; 0 where it has none."""
+    counts = features["num_images_per_sample"].cpu().numpy()
     if "image_keys" not in features:
-        return own
+        return np.full(int(counts.sum()), NO_KEY)
     table = features["image_keys"].cpu().numpy()
     missing = max(0, int(counts.max()) - table.shape[1])  # a slice of a batch may have lost columns
     table = np.pad(table, ((0, 0), (0, missing)), constant_values=NO_KEY)
-    known = table[np.arange(table.shape[1]) < counts[:, None]]  # (I,)
-    return np.where(known == NO_KEY, own, known)
+    return table[np.arange(table.shape[1]) < counts[:, None]]
+
+
+def _keys(features: Mapping[str, Tensor]) -> np.ndarray:
+    """(I,) what images go by: their content key, or where there is none a number of their own."""
+    known = content_keys(features)
+    return np.where(known == NO_KEY, -1 - np.arange(len(known)), known)
 
 
 def _columns(ids: np.ndarray, images: _Images, image_pad: int) -> np.ndarray:

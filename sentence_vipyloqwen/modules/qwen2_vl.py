@@ -22,8 +22,15 @@ from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX, 
 from sentence_vipyloqwen.modules.images import describe, fetch, image_key, image_size, open_image, source_identity
 from sentence_vipyloqwen.modules.inputs import MAX_IMAGES, AnySource, ParsedInput, parse_inputs
 from sentence_vipyloqwen.modules.mean_pooling import PACKED_EMBEDDINGS, PACKING
-from sentence_vipyloqwen.modules.packed_forward import PLAN, keep_vision_in_step, prepare, run_packed, select_patches
-from sentence_vipyloqwen.modules.packing import Packing, pack
+from sentence_vipyloqwen.modules.packed_forward import (
+    PLAN,
+    keep_vision_in_step,
+    prepare,
+    run_packed,
+    run_vision,
+    select_patches,
+)
+from sentence_vipyloqwen.modules.packing import Packing, content_keys, pack
 from sentence_vipyloqwen.modules.patches import (
     CutImage,
     Grid,
@@ -35,6 +42,7 @@ from sentence_vipyloqwen.modules.patches import (
 )
 from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, RenderedInput, add_task_tokens, render
 from sentence_vipyloqwen.modules.spool import Spool
+from sentence_vipyloqwen.modules.vision_cache import ShownImage, VisionCache, check_frozen
 
 Made = TypeVar("Made")
 
@@ -67,6 +75,8 @@ class Qwen2VLTransformer(InputModule):
             runs a batch by mini-batches holds the pixels of one alone. They are then opened in the training process,
             twice under gradient caching, and one that cannot be decoded is found in the step. ``False`` by default:
             patches are bytes, and data loader workers cut them ahead.
+        vision_cache: Where the output of a frozen vision tower is kept, for packed batches; with :attr:`lazy_images` an
+            image that it holds is not even opened. ``None`` by default.
         packed: Whether batches are packed, which changes no value: by default with every attention that can. Under
             dropout rows then share the masks of what they share; ``False`` gives each row its own.
     """
@@ -91,6 +101,7 @@ class Qwen2VLTransformer(InputModule):
         self.allow_urls = allow_urls
         self.jpeg_draft = jpeg_draft
         self.lazy_images = False
+        self.vision_cache: VisionCache | None = None
         self.packed = prepare(model)
         self.control = ControlTokens.of(tokenizer)
         tokenizer.padding_side = "right"
@@ -252,13 +263,24 @@ class Qwen2VLTransformer(InputModule):
             features |= {CLOSED_IMAGES: ClosedImages(images), ROW_INDEX: torch.arange(len(rows))}
         return features
 
-    def _opened(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The image features of rows whose images are closed."""
+    def _sizes(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What is known of closed images: how many each row has, and their grids."""
         rows = features[CLOSED_IMAGES].at(features[ROW_INDEX])
-        cut_images = self._open(rows, ImagePatchCache())
-        opened = _image_features(rows, cut_images) | _patches(cut_images)
-        del opened["image_keys"]  # they have them
-        return {name: value.to(features["input_ids"].device) for name, value in opened.items()}
+        grids = [(1, *grid) for row in rows for grid in row.grids]
+        if not grids:  # a part of a batch whose images all stand in other rows
+            return {}
+        sizes = {"image_grid_thw": grids, "num_images_per_sample": [len(row.grids) for row in rows]}
+        return {name: torch.tensor(value, device=features["input_ids"].device) for name, value in sizes.items()}
+
+    def _opened(self, features: Mapping[str, Any], images: Sequence[int]) -> Tensor:
+        """The patches of some closed images, by their places among those of all rows."""
+        rows = features[CLOSED_IMAGES].at(features[ROW_INDEX])
+        shown = [(row, position) for row in rows for position in range(len(row.sources))]
+        parts = []
+        for row, position in (shown[image] for image in images):
+            with _named(row, position):
+                parts.append(self._cut(row.sources[position], row.grids[position]).patches)
+        return torch.cat(parts).to(features["input_ids"].device)
 
     def _open(self, rows: Sequence[RowImages], cache: ImagePatchCache) -> list[list[CutImage]]:
         images = _of_images(rows, lambda source, grid: cache.get(source) or self._cut(source, grid))
@@ -300,18 +322,46 @@ class Qwen2VLTransformer(InputModule):
             padded, with ``packing`` and ``packed_embeddings`` (T, hidden).
         """
         if CLOSED_IMAGES in features:
-            features = {**features, **self._opened(features)}
+            features = {**features, **self._sizes(features)}
         if not self.packed:
             features["token_embeddings"] = self._forward_padded(features)
             return features
         packing = self._plan(features)
-        patches = self._normalised(select_patches(features, packing), frames=1)
-        tokens = run_packed(self.model, packing, features["input_ids"], patches)
+        tokens = run_packed(self.model, packing, features["input_ids"], self._vision(features, packing))
         if padded_output:
             features["token_embeddings"] = packing.pad(tokens)
         else:
             features |= {PACKING: packing, PACKED_EMBEDDINGS: tokens}
         return features
+
+    def _vision(self, features: Mapping[str, Any], packing: Packing) -> Tensor | None:
+        """(merged patches, hidden) of the different images of a batch; ``None`` without images."""
+        if not packing.images:
+            return None
+        if self.vision_cache is None:
+            return self._see(features, packing, range(len(packing.images)))
+        return self._see_once(features, packing, self.vision_cache)
+
+    def _see(self, features: Mapping[str, Any], packing: Packing, places: Sequence[int]) -> Tensor:
+        """(merged patches, hidden) of some of the different images, by their places among ``packing.images``."""
+        if CLOSED_IMAGES in features:
+            patches = self._opened(features, [packing.images[place] for place in places])
+        else:
+            patches = select_patches(features, packing, places)
+        grids = [packing.grids[place] for place in places]
+        return run_vision(self.model, self._normalised(patches, frames=1), grids)
+
+    @torch.compiler.disable  # it reads and writes files
+    def _see_once(self, features: Mapping[str, Any], packing: Packing, cache: VisionCache) -> Tensor:
+        """As :meth:`_see` of all, but only what the cache does not hold is opened and computed."""
+        tower = self.model.visual
+        check_frozen(tower)
+        keys, device = content_keys(features), features["input_ids"].device
+        grids = [(down, across) for _, down, across in packing.grids]
+        images = [ShownImage(int(keys[image]), grid) for image, grid in zip(packing.images, grids, strict=True)]
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else tower.dtype
+        return cache.features(images, lambda places: self._see(features, packing, places), dtype).to(device)
 
     @torch.compiler.disable  # the plan is a different one for each batch
     def _plan(self, features: Mapping[str, Any]) -> Packing:
@@ -321,6 +371,8 @@ class Qwen2VLTransformer(InputModule):
 
     def _forward_padded(self, features: Mapping[str, Any]) -> Tensor:
         """(B, L, hidden): the plain call of the transformers model, to which the packed one is held."""
+        if CLOSED_IMAGES in features and "image_grid_thw" in features:
+            features = {**features, "pixel_values": self._opened(features, range(len(features["image_grid_thw"])))}
         embeddings = None  # the model makes them
         if "pixel_values" not in features:
             embeddings = keep_vision_in_step(self.model, self.model.get_input_embeddings()(features["input_ids"]))

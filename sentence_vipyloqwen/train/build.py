@@ -15,6 +15,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 
 from sentence_vipyloqwen.losses import CachedPrefixRoutedLoss, PrefixRoutedLoss
 from sentence_vipyloqwen.model import ViPyloQwen, is_finished_model
+from sentence_vipyloqwen.modules.vision_cache import VisionCache
 from sentence_vipyloqwen.train.adapters import AdapterTrainer, add_lora, four_bits, save_base
 from sentence_vipyloqwen.train.evaluation import Evaluation
 from sentence_vipyloqwen.train.recipe import AUTO, DTYPE, FULL, MEAN, PROPORTIONAL, QLORA, Recipe
@@ -36,7 +37,8 @@ def make_model(
     An adapter's folder names its base, so a new model that is to have one is saved first, to ``base/`` in the output.
 
     Raises:
-        ValueError: If a finished model has other sizes than the recipe, or nothing in it bears a name to be frozen.
+        ValueError: If a finished model has other sizes than the recipe, nothing in it bears a name to be frozen, or a
+            vision tower that is trained is to have its output cached.
     """
     if recipe.tuning == FULL:
         model = _whole_model(recipe, device)
@@ -54,11 +56,21 @@ def make_model(
             targets=recipe.lora_targets,
             seed=recipe.seed,
         )
-    model[0].lazy_images = recipe.in_parts if recipe.lazy_images is None else recipe.lazy_images
+    late = recipe.in_parts or recipe.vision_cache is not None
+    model[0].lazy_images = late if recipe.lazy_images is None else recipe.lazy_images
     freeze(model, recipe.frozen)
+    if recipe.vision_cache is not None:
+        model[0].vision_cache = _open_vision_cache(model, recipe.vision_cache)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def _open_vision_cache(model: ViPyloQwen, folder: str) -> VisionCache:
+    if not model[0].packed:
+        attention = model[0].model.config._attn_implementation
+        raise ValueError(f"Setting vision_cache needs packed batches; attn_implementation is {attention!r}.")
+    return VisionCache.of(model[0].model.visual, model[0].image_processor, folder)
 
 
 def _whole_model(recipe: Recipe, device: str | None) -> ViPyloQwen:

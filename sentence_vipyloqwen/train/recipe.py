@@ -62,7 +62,9 @@ class Recipe:
         output: Folder for checkpoints, log, metrics and, in ``model/``, the trained model.
         eval: JSONL file of held-out records; evaluated before, during and after training.
         lazy_images: Whether images are opened when their rows run rather than by the workers beforehand, so that memory
-            holds those of one part of a batch; by default where the loss is computed in parts.
+            holds those of one part of a batch; by default where the loss is computed in parts, or with a vision cache.
+        vision_cache: Folder in which the output of a frozen vision tower is kept (``frozen: [visual]``), so that an
+            image is opened and computed once for all epochs and runs; none by default (extra ``vision-cache``).
         embedding_dim: Dimensions of an embedding.
         max_seq_length: Most tokens of an input.
         min_pixels: Fewest pixels of an image after resizing.
@@ -139,6 +141,7 @@ class Recipe:
     eval: str | None = None
     on_error: str = "raise"
     lazy_images: bool | None = None
+    vision_cache: str | None = None
     embedding_dim: int | None = None
     max_seq_length: int | None = None
     min_pixels: int | None = None

@@ -57,6 +57,7 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.json"
 MODEL, ADAPTER = "model", "adapter"
 _MAY_DIFFER_ON_RESUME = {"resume", "workers", "logging_steps", "keep_checkpoints", "report_to", "merge"}
+# A vision cache may not: features differ by rounding with the batch they were computed in.
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     finally:
         parts.progress.stop()
         parts.watch.close()
+        _close_vision_cache(model)
         if writes:
             _report(output)
     # 4. The portable folder and what the trained model can do.
@@ -202,6 +204,13 @@ def _way_on(folder: Path) -> str:
     if not checkpoints:
         return "There is no checkpoint yet: the same command begins anew."
     return f"Step {step_of(checkpoints[-1])} is saved in {checkpoints[-1]}: the same command goes on from there."
+
+
+def _close_vision_cache(model: ViPyloQwen) -> None:
+    """What follows the training sees each image but once."""
+    if cache := model[0].vision_cache:
+        model[0].vision_cache = None
+        cache.close()
 
 
 def _load_best(trainer: SentenceTransformerTrainer) -> None:

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import TrainerCallback
 
 from sentence_vipyloqwen import CachedPrefixRoutedLoss, PrefixRoutedLoss, ViPyloQwen
+from sentence_vipyloqwen.modules.vision_cache import VisionCache
 from sentence_vipyloqwen.train import build
 from sentence_vipyloqwen.train.adapters import AdapterTrainer
 from sentence_vipyloqwen.train.build import make_arguments, make_loss, make_trackers, trainer_class
@@ -158,3 +159,37 @@ def test_broken_images_are_skipped_where_the_recipe_says_so(recipe: Make, data: 
     train(recipe(max_steps=1, on_error="skip"), device="cpu")
     with pytest.raises(ValueError, match="3.png"):
         train(recipe(max_steps=20, output=str(data / "other")), device="cpu")
+
+
+def test_a_vision_cache_is_filled_once_for_all_runs(recipe: Make, data: Path, weights: Callable[..., Any]) -> None:
+    settings = {"frozen": ["visual"], "vision_cache": str(data / "features"), "max_steps": 12}
+    plain = train(recipe(frozen=["visual"], max_steps=12, output=str(data / "plain")), device="cpu")
+    cold = train(recipe(**settings, output=str(data / "cold")), device="cpu")
+    (folder,) = (data / "features").iterdir()
+    cache = VisionCache(folder, merge_size=2)
+    assert len(cache) == 4
+    cache.close()
+    warm = train(recipe(**settings, output=str(data / "warm")), device="cpu")
+    assert cold.model[0].vision_cache is None
+    expected = weights(plain.model_path)
+    for run in (cold, warm):
+        for name, weight in weights(run.model_path).items():
+            assert (weight - expected[name]).abs().max() <= 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"needs a frozen vision tower; .*frozen: \[visual\]"),
+        (
+            {"frozen": ["visual"], "attn_implementation": "eager"},
+            "needs packed batches; .*'eager'",
+        ),
+    ],
+)
+def test_a_vision_cache_that_cannot_serve_is_refused(
+    recipe: Make, data: Path, settings: dict[str, Any], message: str
+) -> None:
+    made = recipe(vision_cache=str(data / "features"), **settings)
+    with pytest.raises(ValueError, match=message):
+        build.make_model(made, make_arguments(made, data, "cpu"), data, "cpu")
