@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,11 @@ from rich.console import Console
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from sentence_vipyloqwen.index.shards import Skipped
     from sentence_vipyloqwen.model import ViPyloQwen
 
 WIDTH_OF_A_PIPE = 140  # characters; a table of figures would be cut at the 80 that rich assumes
+MOST_TOLD = 20  # items left out, on the screen
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -317,30 +320,108 @@ def evaluate(
         json.write_text(evaluation.to_json() + "\n", encoding="utf-8")
 
 
+Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
+Items = Annotated[Path, typer.Argument(help='JSONL file of items: {"id", "text", "image", "metadata"}.')]
+OnError = Annotated[
+    str, typer.Option(help="An item that cannot be read or embedded: raise ends the work, skip leaves it out.")
+]
+Report = Annotated[Path | None, typer.Option(help="Write what was left out to this JSONL file: where, id, reason.")]
+
+
 @index_app.command("build")
 def index_build(
     model: Model,
-    items: Annotated[Path, typer.Argument(help='JSONL file of items: {"id", "text", "image", "metadata"}.')],
+    items: Items,
     index: Annotated[Path, typer.Argument(help="Folder for the index.")],
+    kind: Annotated[
+        str, typer.Option(help="auto, Flat, HNSW, IVF,SQ8, IVF,PQ, binary, MRL256, or a FAISS factory string.")
+    ] = "auto",
     batch_size: BatchSize = 32,
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
+    on_error: OnError = "raise",
+    write_report: Report = None,
     device: Device = None,
 ) -> None:
-    """Embed items and write an index of them."""
+    """Embed items and write an index of them; run the same command again to go on after a kill.
+
+    Vectors and items are written as Parquet files, shard by shard; `index.json` names them once all are there.
+
+    **Kinds.** `auto` compares every vector up to 200,000 items, and beyond makes an `IVF,SQ8`: lists of near vectors,
+    of which a query looks through some. `HNSW` is quickest to query and slowest to build; `IVF,PQ` and `binary` take an
+    eighth of a byte a dimension; `MRL256` looks at the first 256 dimensions of a model trained with Matryoshka sizes.
+    Whatever the kind, what it finds is compared again by whole vectors: scores are exact cosines.
+
+    Example: `vipyloqwen index build run/model items.jsonl my-index --kind HNSW`
+    """
     from sentence_vipyloqwen.index import VectorIndex
 
     built = VectorIndex.build(
-        _load(model, device), items, index, batch_size=batch_size, overwrite=overwrite, show_progress_bar=True
+        _load(model, device),
+        items,
+        index,
+        kind=kind,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        on_error=on_error,
+        show_progress_bar=True,
     )
+    _tell_skipped(built.skipped, write_report)
     _screen().print(f"Indexed {len(built)} items in {index}.")
 
 
-@index_app.command("info")
-def index_info(index: Annotated[Path, typer.Argument(help="Folder of the index.")]) -> None:
-    """Tell what an index holds and which model it belongs to."""
-    from sentence_vipyloqwen.index.store import read_manifest, readable
+@index_app.command("add")
+def index_add(
+    model: Model,
+    items: Items,
+    index: Index,
+    update: Annotated[bool, typer.Option("--update", help="An item whose id is there takes its place.")] = False,
+    batch_size: BatchSize = 32,
+    on_error: OnError = "raise",
+    write_report: Report = None,
+    device: Device = None,
+) -> None:
+    """Embed more items into an index. All of them are in it afterwards, or, after a kill, none."""
+    from sentence_vipyloqwen.index import VectorIndex
 
-    _screen().print_json(data=read_manifest(readable(index.resolve())).to_dict())
+    loaded = VectorIndex.load(index, _load(model, device))
+    change = loaded.update if update else loaded.add
+    count = change(items, batch_size=batch_size, on_error=on_error, show_progress_bar=True)
+    _tell_skipped(loaded.skipped, write_report)
+    _screen().print(f"Added {count} items; {len(loaded)} are in {index}.")
+
+
+@index_app.command("remove")
+def index_remove(index: Index, ids: Annotated[list[str], typer.Argument(help="Ids of the items.")]) -> None:
+    """Remove items by id. They are found no more; `index compact` takes them off the disk."""
+    from sentence_vipyloqwen.index.maintenance import remove_items
+
+    _screen().print(f"Removed {remove_items(index, ids)} items from {index}.")
+
+
+@index_app.command("compact")
+def index_compact(index: Index) -> None:
+    """Take removed items off the disk, join small shards, and drop what killed runs left behind."""
+    from sentence_vipyloqwen.index.maintenance import compact_index
+
+    manifest = compact_index(index)
+    _screen().print(f"{manifest.count} items in {len(manifest.shards)} shards.")
+
+
+@index_app.command("verify")
+def index_verify(index: Index) -> None:
+    """Read everything and compare it: checksums, vectors, ids, images."""
+    from sentence_vipyloqwen.index.maintenance import verify_index
+
+    found = verify_index(index)
+    _screen().print(", ".join(f"{count} {what}" for what, count in found.items()) + ": all as they were written.")
+
+
+@index_app.command("info")
+def index_info(index: Index) -> None:
+    """Tell what an index holds and which model it belongs to."""
+    from sentence_vipyloqwen.index.manifest import read_manifest
+
+    _screen().print_json(data=read_manifest(index.resolve()).to_dict())
 
 
 @app.command()
@@ -351,6 +432,10 @@ def search(
     image: Annotated[list[Path] | None, typer.Option(help="Image of the query; may be given up to five times.")] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Task of the query: ocr, vqa_single, ...")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Only items whose metadata satisfy this, as in SQL: \"lang = 'vi' AND page < 3\"."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the results as a page with thumbnails.")] = None,
     device: Device = None,
 ) -> None:
@@ -362,7 +447,7 @@ def search(
     query = {key: value for key, value in (("text", text), ("image", list(map(str, image or [])))) if value}
     if not query:
         raise ValueError("A query needs --text, --image, or both.")
-    hits = VectorIndex.load(index, _load(model, device)).search(query, k=k, prompt_name=prompt_name)
+    hits = VectorIndex.load(index, _load(model, device)).search(query, k=k, prompt_name=prompt_name, where=where)
     table = Table("rank", "score", "id", "text", "image")
     for hit in hits:
         images = ", ".join(Path(path).name for path in hit.item.get("image", []))
@@ -374,6 +459,19 @@ def search(
     if html:
         write_report(html, [SearchResult(query, hits, prompt_name=prompt_name)])
         screen.print(f"Wrote {html}.")
+
+
+def _tell_skipped(skipped: Sequence[Skipped], report: Path | None) -> None:
+    screen = _screen()
+    for item in skipped[:MOST_TOLD]:
+        screen.print(f"Left out: {_escape(item.where)}: {_escape(item.reason)}", soft_wrap=True)
+    if len(skipped) > MOST_TOLD:
+        screen.print(f"and {len(skipped) - MOST_TOLD} more.")
+    if report is not None:
+        import json
+
+        lines = (json.dumps(vars(item), ensure_ascii=False) for item in skipped)
+        report.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _load(path: str, device: str | None) -> ViPyloQwen:

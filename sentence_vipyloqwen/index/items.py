@@ -2,61 +2,88 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 
-from sentence_vipyloqwen.index import store
+from sentence_vipyloqwen.index.files import replacing
+from sentence_vipyloqwen.index.shards import Skipped
 from sentence_vipyloqwen.modules.images import describe, image_size, open_image
 from sentence_vipyloqwen.modules.inputs import ALLOWED_IMAGES, ALLOWED_INPUTS, INPUT_KEYS, MAX_IMAGES
 
 Item: TypeAlias = Mapping[str, Any]
 """``{"id": "...", "text": "...", "image": one or a list, "metadata": {...}}``; a text or an image is needed."""
 
+Source: TypeAlias = str | Path | Iterable[Item]
+"""Path of a JSONL file, or items."""
+
+IMAGES_FOLDER = "images"
 ITEM_KEYS = ("id", "text", "image", "metadata")
 _PIXELS = (Image.Image, np.ndarray, torch.Tensor)
 _ALLOWED_ITEM = f"an item is a dict of some of {list(ITEM_KEYS)}, with a text, an image, or both"
 
 
-def read_items(source: str | Path | Iterable[Item], folder: Path, draft: Path) -> list[dict[str, Any]]:
-    """Read items and see to it that their images can be found again.
+def read_items(
+    source: Source, folder: Path, known: Collection[str] = frozenset(), on_bad: Callable[[Skipped], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read items one by one and see to it that their images can be found again.
 
     Args:
         source: Path of a JSONL file (its image paths are relative to it), or items (image paths relative to the working
             directory).
-        folder: The index folder to be. Images inside it are copied, for an old index there is replaced.
-        draft: Folder in which the index is being built; receives images that are not files.
+        folder: The index folder; receives images that are not files, and a copy of those inside it.
+        known: Ids that are taken.
+        on_bad: Called with an item that is not allowed, which is then left out; by default that is an error.
 
-    Returns:
-        Items with all of the keys ``id`` (str, unique), ``text`` (str), ``image`` (list of str, absolute or relative to
-        the index folder) and ``metadata`` (dict).
+    Yields:
+        Where the item stands, and the item with all of the keys ``id`` (str, unique), ``text`` (str), ``image`` (list
+        of str, absolute or relative to the index folder) and ``metadata`` (dict).
 
     Raises:
-        ValueError: If there are no items, or one is not allowed; the message begins with ``file:line`` or its position.
+        ValueError: If an item is not allowed; the message begins with ``file:line`` or its position.
     """
-    items: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     base = Path(source).parent if isinstance(source, (str, Path)) else Path()
-    for where, raw in _located(source):
+    for position, (where, raw) in enumerate(_located(source)):
         try:
-            item = _read_item(_parse_line(raw) if isinstance(raw, bytes) else raw, len(items))
-            item["image"] = [_keep(image, base, folder, draft) for image in item["image"]]
-            store.encode_item(item)
-            if item["id"] in seen:
-                raise ValueError(f"id {item['id']!r} is taken by {seen[item['id']]}; an id must be unique")
+            item = _read_item(_parse_line(raw) if isinstance(raw, bytes) else raw, position)
+            encode_item(item | {"image": []})
+            if taken := seen.get(item["id"], "the index" if item["id"] in known else None):
+                raise ValueError(f"id {item['id']!r} is taken by {taken}; an id must be unique")
+            item["image"] = [_keep(image, base, folder) for image in item["image"]]
+            encode_item(item)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            if on_bad is None:
+                raise ValueError(f"{where}: {error}") from error
+            on_bad(Skipped(where, str(error)))
+            continue
         seen[item["id"]] = where
-        items.append(item)
-    if not items:
-        raise ValueError(f"There are no items to index in {source if isinstance(source, (str, Path)) else 'items'}.")
-    return items
+        yield where, item
+
+
+def encode_item(item: Mapping[str, Any]) -> bytes:
+    """An item as a line of JSON.
+
+    Raises:
+        ValueError: If it holds what JSON or UTF-8 cannot.
+    """
+    try:
+        return json.dumps(item, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise ValueError(f"cannot be written as JSON: {error}; allowed are finite numbers, str, list, dict") from error
+
+
+def with_absolute_images(item: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A copy of an item whose image paths no longer depend on the index folder."""
+    return {**item, "image": [str(folder / path) for path in item["image"]]}
 
 
 def item_input(item: Item) -> dict[str, Any]:
@@ -90,7 +117,7 @@ def query_input(query: Any, position: int = 0) -> dict[str, Any]:
     return result
 
 
-def _located(source: str | Path | Iterable[Item]) -> Iterator[tuple[str, Any]]:
+def _located(source: Source) -> Iterator[tuple[str, Any]]:
     """Items with the place they stand in, for messages; lines of a file are not parsed yet."""
     if isinstance(source, (str, Path)):
         with _open_jsonl(Path(source)) as lines:
@@ -153,10 +180,10 @@ def _read_id(value: Any, position: int) -> str:
     return str(value)
 
 
-def _keep(image: Any, base: Path, folder: Path, draft: Path) -> str:
+def _keep(image: Any, base: Path, folder: Path) -> str:
     """Path under which the index finds an image again."""
     if isinstance(image, _PIXELS) or (isinstance(image, str) and image.startswith("data:")):
-        return store.save_image(open_image(image), draft)
+        return _store_pixels(open_image(image), folder)
     if not isinstance(image, (str, Path)):
         raise ValueError(f"an image is a {type(image).__name__}; allowed is {ALLOWED_IMAGES}")
     if str(image).startswith(("http://", "https://")):
@@ -165,7 +192,29 @@ def _keep(image: Any, base: Path, folder: Path, draft: Path) -> str:
     if not path.is_file():
         raise ValueError(f"there is no image file {describe(path)}")
     image_size(path)
-    return store.copy_image(path, draft) if path.resolve().is_relative_to(folder) else str(path)
+    return _store_copy(path, folder) if path.resolve().is_relative_to(folder) else str(path)
+
+
+def _store_pixels(image: Image.Image, folder: Path) -> str:
+    """Write an image into an index folder, once for each content; its path relative to the folder."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return _store(buffer.getvalue(), ".png", folder)
+
+
+def _store_copy(path: Path, folder: Path) -> str:
+    """Copy an image file into an index folder, once for each content; its path relative to the folder."""
+    return _store(path.read_bytes(), path.suffix, folder)
+
+
+def _store(content: bytes, suffix: str, folder: Path) -> str:
+    name = f"{IMAGES_FOLDER}/{xxhash.xxh3_128_hexdigest(content)}{suffix}"
+    path = folder / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft:
+            draft.write_bytes(content)
+    return name
 
 
 def _as_list(value: Any) -> list[Any]:

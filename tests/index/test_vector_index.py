@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import faiss
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -200,7 +200,9 @@ def test_images_without_a_file_are_kept_in_the_index(model, tmp_path, picture):
 def test_an_index_built_again_from_its_own_items_keeps_its_images(model, tmp_path, picture):
     folder = tmp_path / "index"
     VectorIndex.build(model, [{"id": "r", "image": picture("red")}, {"text": "chữ"}], folder)
-    again = VectorIndex.build(model, folder / "items.jsonl", folder, overwrite=True)
+    items = VectorIndex.load(folder, model).items
+    again = VectorIndex.build(model, items, folder, overwrite=True)
+    again.compact()
     assert Path(again.items[0]["image"][0]).is_file()
     assert VectorIndex.load(folder, model).search(picture("red"), k=1)[0].id == "r"
 
@@ -339,13 +341,18 @@ def test_a_vector_without_direction_names_the_item(make_model, tmp_path, monkeyp
 
     def spoiled(inputs, **kwargs):
         vectors = encode(inputs, **kwargs)
-        vectors[1] = bad
+        vectors[[item["text"] == "b" for item in inputs]] = bad
         return vectors
 
     monkeypatch.setattr(model, "encode", spoiled)
-    with pytest.raises(ValueError, match="NaN or infinite.*: item 'b'"):
-        VectorIndex.build(model, [{"id": "a", "text": "a"}, {"id": "b", "text": "b"}], tmp_path / "index")
+    items = [{"id": "a", "text": "a"}, {"id": "b", "text": "b"}]
+    with pytest.raises(ValueError, match="^item 1: .*NaN or infinite.*: item 'b'"):
+        VectorIndex.build(model, items, tmp_path / "index")
     assert not any(tmp_path.iterdir())
+    index = VectorIndex.build(model, items, tmp_path / "index", on_error="skip")
+    assert [item["id"] for item in index.items] == ["a"]
+    assert [(skipped.where, skipped.id) for skipped in index.skipped] == [("item 1", "b")]
+    assert "NaN or infinite" in index.skipped[0].reason
 
 
 # --- another model ----------------------------------------------------------------------------------------------------
@@ -378,8 +385,10 @@ def test_truncated_dimension_is_honoured(make_model, tmp_path):
     index = VectorIndex.load(tmp_path / "index", make_model(truncate_dim=8))
     assert index.info()["dim"] == 8
     assert index.search(TEXTS[3], k=1)[0].id == "3"
-    stored = faiss.read_index(str(tmp_path / "index" / "index.faiss"))
-    np.testing.assert_allclose(np.linalg.norm(stored.reconstruct_n(0, 12), axis=1), 1, atol=1e-6)
+    (shard,) = (tmp_path / "index" / "shards").glob("*.parquet")
+    stored = np.stack(pq.read_table(shard)["vector"].to_numpy())
+    assert stored.shape == (12, 8)
+    np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, atol=1e-6)
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------------
