@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import xxhash
 CHUNK_BYTES = 1 << 20
 DRAFT = ".draft-"
 """What the name of a file begins with while it is written."""
+
+_STORED = re.compile(rf"[0-9a-f]{{32}}(\.\w+)?|{re.escape(DRAFT)}.*")
 
 
 @contextmanager
@@ -31,6 +34,15 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def is_stored(name: str) -> bool:
+    """Whether a file's name is one that we give: made of its content, or that of a draft.
+
+    >>> is_stored("1fa3" * 8 + ".png"), is_stored("holiday.png"), is_stored("2024.png")
+    (True, False, False)
+    """
+    return _STORED.fullmatch(name) is not None
 
 
 def sync(path: Path) -> None:

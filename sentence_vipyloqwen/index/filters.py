@@ -120,7 +120,7 @@ def metadata_table(items: pa.Table) -> pa.Table:
 def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         as_text = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)
         return pa.array([text if value is not None else None for text, value in zip(as_text, values, strict=True)])
 

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from PIL import Image
 
-from sentence_vipyloqwen.index.files import replacing
+from sentence_vipyloqwen.index.files import is_stored, replacing
 from sentence_vipyloqwen.index.shards import Skipped
 from sentence_vipyloqwen.modules.images import describe, image_size, open_image
 from sentence_vipyloqwen.modules.inputs import ALLOWED_IMAGES, ALLOWED_INPUTS, INPUT_KEYS, MAX_IMAGES
@@ -82,8 +82,18 @@ def encode_item(item: Mapping[str, Any]) -> bytes:
 
 
 def with_absolute_images(item: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy of an item whose image paths no longer depend on the index folder."""
-    return {**item, "image": [str(folder / path) for path in item["image"]]}
+    """A copy of an item whose image paths no longer depend on the index folder.
+
+    Raises:
+        ValueError: If one is relative and leads out of the index's images: somebody has tampered with it.
+    """
+    return {**item, "image": [_absolute(path, folder) for path in item["image"]]}
+
+
+def _absolute(image: str, folder: Path) -> str:
+    if not os.path.isabs(image) and (os.path.dirname(image) != IMAGES_FOLDER or not is_stored(os.path.basename(image))):
+        raise ValueError(f"an item of {folder} has the image {image!r}, which leads out of its {IMAGES_FOLDER}/.")
+    return str(folder / image)
 
 
 def item_input(item: Item) -> dict[str, Any]:

@@ -17,6 +17,7 @@ whenever, the index is as before or as after. Rows are numbered through the shar
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,6 +30,9 @@ FORMAT = "sentence-vipyloqwen-index"
 FORMAT_VERSION = 2
 METRIC = "cosine"
 MANIFEST_FILE = "index.json"
+_FILE = re.compile(r"(shards|deleted|search)/[0-9a-f]{32}\.(parquet|faiss)")
+"""A name that leads out of the folder is no name of ours: files of it would be read, and deleted, elsewhere."""
+
 REBUILD = "Build the index again with overwrite=True; vectors in whole shards are used again"
 
 
@@ -128,6 +132,11 @@ class Manifest:
         approximate = data["approximate"] and Approximate(**data["approximate"])
         shards = tuple(Shard(**shard) for shard in data["shards"])
         known = Fingerprint.from_dict(data["fingerprint"])
+        named = [path for shard in shards for path in (shard.table, shard.vectors)]
+        named += [data["deleted"]] if data["deleted"] else []
+        named += [approximate.file] if approximate else []
+        if wrong := [path for path in named if not _FILE.fullmatch(path)] or set(data["files"]) ^ set(named):
+            raise ValueError(f"it names the files {sorted(wrong)[:3]}, which do not belong to an index")
         return cls(**{**data, "fingerprint": known, "shards": shards, "approximate": approximate})
 
 

@@ -20,7 +20,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from sentence_vipyloqwen.index import kinds
-from sentence_vipyloqwen.index.files import DRAFT, measure, replacing
+from sentence_vipyloqwen.index.files import DRAFT, is_stored, measure, replacing
 from sentence_vipyloqwen.index.items import IMAGES_FOLDER
 from sentence_vipyloqwen.index.manifest import MANIFEST_FILE, Approximate, Manifest, Shard, write_manifest
 from sentence_vipyloqwen.index.shards import ShardContent, items_of, map_vectors, read_items, vectors_of, write_shard
@@ -137,7 +137,7 @@ def compact(folder: Path, manifest: Manifest) -> Manifest:
     images = {path for row in read_items(folder, written.shards)["image"].to_pylist() for path in row}
     named = {folder / name for name in (*written.files, *images)}
     for path in (path for part in _FOLDERS for path in (folder / part).glob("*")):
-        if path not in named:
+        if path not in named and (path.parent.name != IMAGES_FOLDER or is_stored(path.name)):
             path.unlink()
     for draft in folder.glob(f"{DRAFT}*"):
         draft.unlink()
@@ -218,6 +218,13 @@ def is_index(folder: Path) -> bool:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is empty but for what a build leaves that was killed before its end."""
-    ours = (*_FOLDERS, LOCK_FILE, HOLDER_FILE)
-    return all(path.name in ours or path.name.startswith(DRAFT) for path in folder.iterdir())
+    """Whether a folder is empty but for what a build leaves that was killed before its end.
+
+    The names of folders do not say so: a user's own folder may be called ``images``.
+    """
+    parts = [path for path in folder.iterdir() if path.name in _FOLDERS and path.is_dir()]
+    others = [path for path in folder.iterdir() if path not in parts]
+    return all(
+        path.name in (LOCK_FILE, HOLDER_FILE) or is_stored(path.name)
+        for path in (*others, *(path for part in parts for path in part.iterdir()))
+    )

@@ -100,7 +100,7 @@ def _remove_some(first: int) -> Work:
     return work
 
 
-ROUNDS = 40
+ROUNDS = 20
 PLAN: list[Work] = [build]
 for _round in range(ROUNDS):
     PLAN += [_add_some(100 + 10 * _round), _remove_some(100 + 10 * _round), compact]

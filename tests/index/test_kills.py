@@ -83,7 +83,7 @@ def test_thirty_kills_at_random_moments(model, tmp_path: Path) -> None:
     moments, kills = random.Random(0), 0
     for _ in range(200):
         process = dying.start(dying.keep_changing, folder, acknowledged)
-        process.join(moments.uniform(0.02, 0.25) if kills < 30 else None)
+        process.join(moments.uniform(0.01, 0.12) if kills < 30 else None)
         ended = process.exitcode == 0
         kills += not ended
         process.kill()
