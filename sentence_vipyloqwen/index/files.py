@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 DRAFT = ".draft-"
 """What the name of a file begins with while it is written."""
 
-_STORED = re.compile(rf"[0-9a-f]{{32}}(\.\w+)?|{re.escape(DRAFT)}.*")
+_STORED = re.compile(rf"[0-9a-f]{{32}}(\.[^/\\]*)?|{re.escape(DRAFT)}.*")
 
 
 @contextmanager

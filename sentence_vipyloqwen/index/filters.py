@@ -50,7 +50,7 @@ def parse(where: str) -> pc.Expression:
     """
     try:
         return _condition(sqlglot.parse_one(where, into=exp.Condition))
-    except (sqlglot.errors.SqlglotError, RecursionError) as error:
+    except (sqlglot.errors.SqlglotError, RecursionError, OverflowError) as error:
         raise ValueError(f"where is {where!r}: {str(error).splitlines()[0]}; allowed are {ALLOWED}.") from error
     except _NotAllowed as error:
         raise ValueError(f"where is {where!r}: {error} cannot stand in it; allowed are {ALLOWED}.") from error
@@ -144,7 +144,7 @@ def matching(table: pa.Table, where: Where) -> np.ndarray:
     numbered = table.append_column("", pa.array(np.arange(table.num_rows)))
     try:
         found = dataset.dataset(numbered).to_table(filter=condition, columns=[""])
-    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"where is {str(where)!r}: {reason}; the keys are {table.column_names}.") from error
     mask = np.zeros(table.num_rows, dtype=bool)

@@ -424,6 +424,7 @@ class VectorIndex:
     def _add(self, items: Source, options: EmbedOptions, *, replaces: bool) -> int:
         with self._changing("update" if replaces else "add"):
             manifest = self._manifest
+            _check_same(manifest, self._model, self.folder)
             options = replace(options, prompt_name=manifest.prompt_name)
             taken = frozenset() if replaces else self._places.keys()
             embedded = embed_items(self._model, manifest.fingerprint, items, self.folder, options, taken)
@@ -502,4 +503,13 @@ def _check_model(manifest: Manifest, model: SentenceTransformer, folder: Path) -
             f"The index {folder} was built with the model {built_with}; the model given is {given}. They differ in: "
             f"{', '.join(built_with.differences(given))}. Load the model the index was built with, or use this one: "
             f"{REBUILD[0].lower()}{REBUILD[1:]}."
+        )
+
+
+def _check_same(manifest: Manifest, model: SentenceTransformer, folder: Path) -> None:
+    """A quantised model may query the index of its float model, but not write into it: scores would be of two kinds."""
+    if differences := manifest.fingerprint.differences(fingerprint(model)):
+        raise ValueError(
+            f"The model given may query {folder}, but its vectors differ a little from those in it "
+            f"({', '.join(differences)}): add items with the model as the index was built."
         )
