@@ -321,7 +321,17 @@ def evaluate(
 
 
 Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
-Items = Annotated[Path, typer.Argument(help='JSONL file of items: {"id", "text", "image", "metadata"}.')]
+Items = Annotated[
+    Path,
+    typer.Argument(
+        help='JSONL file of items, {"id", "text", "image", "metadata"}; or a folder of images, texts and PDFs; '
+        "or a PDF; or a dataset that save_to_disk wrote."
+    ),
+]
+Dpi = Annotated[
+    int | None,
+    typer.Option(help="Dots per inch of a PDF's pages; by default as many as the model looks at, at most 200."),
+]
 OnError = Annotated[
     str, typer.Option(help="An item that cannot be read or embedded: raise ends the work, skip leaves it out.")
 ]
@@ -340,9 +350,13 @@ def index_build(
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
     on_error: OnError = "raise",
     write_report: Report = None,
+    dpi: Dpi = None,
     device: Device = None,
 ) -> None:
     """Embed items and write an index of them; run the same command again to go on after a kill.
+
+    **Items** may be a folder: every image and text (`.txt`, `.md`) in it is an item, and every page of a PDF, under its
+    path as id, `bills/may.pdf#page=3`. PDFs need the `pdf` extra.
 
     Vectors and items are written as Parquet files, shard by shard; `index.json` names them once all are there.
 
@@ -353,11 +367,11 @@ def index_build(
 
     Example: `vipyloqwen index build run/model items.jsonl my-index --kind HNSW`
     """
-    from sentence_vipyloqwen.index import VectorIndex
+    from sentence_vipyloqwen.index import Folder, VectorIndex
 
     built = VectorIndex.build(
         _load(model, device),
-        items,
+        Folder(items, dpi),
         index,
         kind=kind,
         batch_size=batch_size,
@@ -378,14 +392,15 @@ def index_add(
     batch_size: BatchSize = 32,
     on_error: OnError = "raise",
     write_report: Report = None,
+    dpi: Dpi = None,
     device: Device = None,
 ) -> None:
     """Embed more items into an index. All of them are in it afterwards, or, after a kill, none."""
-    from sentence_vipyloqwen.index import VectorIndex
+    from sentence_vipyloqwen.index import Folder, VectorIndex
 
     loaded = VectorIndex.load(index, _load(model, device))
     change = loaded.update if update else loaded.add
-    count = change(items, batch_size=batch_size, on_error=on_error, show_progress_bar=True)
+    count = change(Folder(items, dpi), batch_size=batch_size, on_error=on_error, show_progress_bar=True)
     _tell_skipped(loaded.skipped, write_report)
     _screen().print(f"Added {count} items; {len(loaded)} are in {index}.")
 

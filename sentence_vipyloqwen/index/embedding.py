@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from sentence_vipyloqwen.index.files import measure
 from sentence_vipyloqwen.index.fingerprint import Fingerprint
-from sentence_vipyloqwen.index.items import Source, encode_item, item_input, read_items, with_absolute_images
+from sentence_vipyloqwen.index.items import encode_item, item_input, read_items, with_absolute_images
 from sentence_vipyloqwen.index.shards import Shard, ShardContent, Skipped, find_shard, write_shard
+from sentence_vipyloqwen.index.sources import Folder, Source
 
 SHARD_ROWS = 1024
 """Items of a shard, and so the most that a kill can lose; many small shards are joined at the end."""
@@ -108,7 +109,8 @@ def embed_items(
     skipped: list[Skipped] = []
     on_bad = skipped.append if options.on_error == "skip" else None
     with tempfile.TemporaryFile(dir=folder) as spool:
-        count = _spool(spool, read_items(source, folder, taken, on_bad), folder, options)  # 1
+        items = read_items(source, folder, taken, on_bad, known.processing.get("max_pixels"))
+        count = _spool(spool, items, folder, options)  # 1
         shards, ids = [], []
         with tqdm(total=count, desc="Embedding", unit="item", disable=not options.show_progress_bar) as bar:
             for rows in _chunks(_unspool(spool), options.shard_rows):  # 2
@@ -124,7 +126,7 @@ def embed_items(
                 ids += [row.item["id"] for row in rows if row.item["id"] not in gone]
                 skipped += left_out
     if not ids:
-        what = source if isinstance(source, (str, Path)) else "items"
+        what = source.path if isinstance(source, Folder) else source if isinstance(source, (str, Path)) else "items"
         reasons = "".join(f" {item.where}: {item.reason}" for item in skipped[:3])
         raise ValueError(f"There are no items to index in {what}.{reasons}")
     return Embedded(tuple(shards), tuple(ids), tuple(skipped))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +16,30 @@ from PIL import Image
 
 from sentence_vipyloqwen.index.files import is_stored, replacing
 from sentence_vipyloqwen.index.shards import Skipped
+from sentence_vipyloqwen.index.sources import ITEM_KEYS, Item, Source, base_folder, located
 from sentence_vipyloqwen.modules.images import describe, image_size, open_image
 from sentence_vipyloqwen.modules.inputs import ALLOWED_IMAGES, ALLOWED_INPUTS, INPUT_KEYS, MAX_IMAGES
 
-Item: TypeAlias = Mapping[str, Any]
-"""``{"id": "...", "text": "...", "image": one or a list, "metadata": {...}}``; a text or an image is needed."""
-
-Source: TypeAlias = str | Path | Iterable[Item]
-"""Path of a JSONL file, or items."""
-
 IMAGES_FOLDER = "images"
-ITEM_KEYS = ("id", "text", "image", "metadata")
 _PIXELS = (Image.Image, np.ndarray, torch.Tensor)
 _ALLOWED_ITEM = f"an item is a dict of some of {list(ITEM_KEYS)}, with a text, an image, or both"
 
 
 def read_items(
-    source: Source, folder: Path, known: Collection[str] = frozenset(), on_bad: Callable[[Skipped], None] | None = None
+    source: Source,
+    folder: Path,
+    known: Collection[str] = frozenset(),
+    on_bad: Callable[[Skipped], None] | None = None,
+    max_pixels: int | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read items one by one and see to it that their images can be found again.
 
     Args:
-        source: Path of a JSONL file (its image paths are relative to it), or items (image paths relative to the working
-            directory).
+        source: Where they come from. Image paths of a JSONL file are relative to it, others to the working directory.
         folder: The index folder; receives images that are not files, and a copy of those inside it.
         known: Ids that are taken.
         on_bad: Called with an item that is not allowed, which is then left out; by default that is an error.
+        max_pixels: Pixels of an image that the model looks at: pages of PDFs are rendered with as many.
 
     Yields:
         Where the item stands, and the item with all of the keys ``id`` (str, unique), ``text`` (str), ``image`` (list
@@ -51,10 +49,10 @@ def read_items(
         ValueError: If an item is not allowed; the message begins with ``file:line`` or its position.
     """
     seen: dict[str, str] = {}
-    base = Path(source).parent if isinstance(source, (str, Path)) else Path()
-    for position, (where, raw) in enumerate(_located(source)):
+    base = base_folder(source)
+    for position, (where, read) in enumerate(located(source, folder, max_pixels)):
         try:
-            item = _read_item(_parse_line(raw) if isinstance(raw, bytes) else raw, position)
+            item = _read_item(read(), position)
             encode_item(item | {"image": []})
             if taken := seen.get(item["id"], "the index" if item["id"] in known else None):
                 raise ValueError(f"id {item['id']!r} is taken by {taken}; an id must be unique")
@@ -125,43 +123,6 @@ def query_input(query: Any, position: int = 0) -> dict[str, Any]:
     if not result:
         raise ValueError(f"Query {position} is empty: {query!r}; it needs some text, an image, or both.")
     return result
-
-
-def _located(source: Source) -> Iterator[tuple[str, Any]]:
-    """Items with the place they stand in, for messages; lines of a file are not parsed yet."""
-    if isinstance(source, (str, Path)):
-        with _open_jsonl(Path(source)) as lines:
-            yield from ((f"{source}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
-    elif isinstance(source, Mapping):
-        raise ValueError(f"items is one dict, keys {list(source)[:9]}; allowed is a list of items or a JSONL path.")
-    else:
-        yield from ((f"item {position}", item) for position, item in enumerate(source))
-
-
-def _open_jsonl(path: Path) -> Any:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise ValueError(f"cannot read the items of {path}: {error}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object; allowed is once")
-    return dict(pairs)
-
-
-def _parse_line(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}; allowed is one object a line") from error
-    except RecursionError as error:
-        raise ValueError(f"nested too deeply; {_ALLOWED_ITEM}") from error
 
 
 def _read_item(raw: Any, position: int) -> dict[str, Any]:
