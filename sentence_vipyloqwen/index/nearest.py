@@ -16,6 +16,9 @@ SCORE_DECIMALS = 6
 QUERIES_AT_ONCE = 256
 """Queries whose candidates are compared together: bounds the memory that their vectors take."""
 
+SPARE = 8
+"""Rows fetched beyond the k-th, so that it is rarely a tie that the last of them is part of: that costs another scan."""
+
 _TIE = 2 * 10.0**-SCORE_DECIMALS
 
 
@@ -99,7 +102,7 @@ class NearestRows:
         if not k:
             return np.empty((len(queries), 0), dtype=np.int64)
         while True:
-            fetch = min(fetch + 1, count)
+            fetch = min(fetch + SPARE, count)
             scores, rows = self._scan(queries, range(len(self.parts)), fetch, allowed)
             if fetch == count or np.all(scores[:, k - 1] - scores[:, -1] > _TIE):
                 return rows
