@@ -17,7 +17,7 @@ QUERIES_AT_ONCE = 256
 """Queries whose candidates are compared together: bounds the memory that their vectors take."""
 
 SPARE = 8
-"""Rows fetched beyond the k-th, so that it is rarely a tie that the last of them is part of: that costs another scan."""
+"""Rows fetched beyond the k-th: were the last of them part of a tie with it, all would be scanned again."""
 
 _TIE = 2 * 10.0**-SCORE_DECIMALS
 
