@@ -19,6 +19,11 @@ from sentence_vipyloqwen.index.manifest import Shard
 
 ITEM_COLUMNS = ("id", "text", "image", "metadata")
 _KEY = b"sentence-vipyloqwen"
+_IN_MEMORY = pa.schema(
+    [(name, pa.large_list(pa.large_string()) if name == "image" else pa.large_string()) for name in ITEM_COLUMNS]
+)
+"""Large, for one piece of a column may exceed 2 GB."""
+
 _COMPRESSION = {"id": "zstd", "text": "zstd", "image.list.element": "zstd", "metadata": "zstd", "vector": "none"}
 
 
@@ -118,7 +123,9 @@ def read_items(folder: Path, shards: Iterable[Shard]) -> pa.Table:
     """The item columns of several shards, one behind the other."""
     tables = [pq.read_table(folder / shard.table, columns=list(ITEM_COLUMNS)) for shard in shards]
     none = to_table([], np.empty((0, 1), np.float32)).select(ITEM_COLUMNS)
-    return pa.concat_tables([none, *tables]).replace_schema_metadata(None)
+    table = pa.concat_tables([none, *tables]).replace_schema_metadata(None)
+    # In one piece: to take a few rows of many pieces, pyarrow joins them all, at every query.
+    return table.cast(_IN_MEMORY).combine_chunks()
 
 
 def write_vectors(path: Path, vectors: np.ndarray) -> None:

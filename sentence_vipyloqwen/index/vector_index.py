@@ -445,9 +445,8 @@ class VectorIndex:
     def _hits(self, batch: Candidates, k: int) -> list[list[Hit]]:
         """The best k of each query: by score, then by id."""
         flat = batch.rows[batch.rows >= 0]
-        table = self._items.take(pa.array(flat))
         ids = np.full(batch.rows.shape, "", dtype=object)
-        ids[batch.rows >= 0] = table["id"].to_pylist()
+        ids[batch.rows >= 0] = self._items["id"].take(pa.array(flat)).to_pylist()
         orders = [
             sorted((place for place in range(len(row)) if row[place] >= 0), key=lambda p: (-scores[p], names[p]))[:k]
             for row, scores, names in zip(batch.rows, batch.cosines, ids, strict=True)
