@@ -383,6 +383,34 @@ def index_build(
     _screen().print(f"Indexed {len(built)} items in {index}.")
 
 
+@index_app.command("encode")
+def index_encode(
+    model: Model,
+    items: Items,
+    index: Annotated[Path, typer.Argument(help="Folder for the index, on a disk that all processes see.")],
+    share: Annotated[int, typer.Option(envvar="RANK", help="Which share this process embeds, from 0.")] = 0,
+    shares: Annotated[int, typer.Option(envvar="WORLD_SIZE", help="How many processes there are.")] = 1,
+    batch_size: BatchSize = 32,
+    on_error: OnError = "raise",
+    dpi: Dpi = None,
+    device: Device = None,
+) -> None:
+    """Embed a share of the items, where several processes or machines do it; `index build` then joins the shares.
+
+    Example, on a machine of four GPUs:
+
+    `torchrun --nproc-per-node 4 -m sentence_vipyloqwen index encode run/model items.jsonl my-index`
+
+    `vipyloqwen index build run/model items.jsonl my-index`
+    """
+    from sentence_vipyloqwen.index import Folder, encode_share
+
+    loaded = _load(model, device or _device_of_rank())
+    options = {"batch_size": batch_size, "on_error": on_error, "show_progress_bar": share == 0}
+    count = encode_share(loaded, Folder(items, dpi), index, share, shares, **options)
+    _screen().print(f"Share {share} of {shares}: {count} items.")
+
+
 @index_app.command("add")
 def index_add(
     model: Model,
@@ -472,7 +500,7 @@ def search(
     screen = _screen()
     screen.print(table)
     if html:
-        write_report(html, [SearchResult(query, hits, prompt_name=prompt_name)])
+        write_report(html, [SearchResult(query, hits, prompt_name, where)])
         screen.print(f"Wrote {html}.")
 
 
@@ -487,6 +515,14 @@ def _tell_skipped(skipped: Sequence[Skipped], report: Path | None) -> None:
 
         lines = (json.dumps(vars(item), ensure_ascii=False) for item in skipped)
         report.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _device_of_rank() -> str | None:
+    """The accelerator of a process that torchrun started."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return None if rank is None or not torch.cuda.is_available() else f"cuda:{rank}"
 
 
 def _load(path: str, device: str | None) -> ViPyloQwen:

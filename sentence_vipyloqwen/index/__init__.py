@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sentence_vipyloqwen.index.fingerprint import Fingerprint, fingerprint
 from sentence_vipyloqwen.index.report import SearchResult, write_report
+from sentence_vipyloqwen.index.shares import encode_share
 from sentence_vipyloqwen.index.sources import Folder
 from sentence_vipyloqwen.index.vector_index import Hit, VectorIndex
 
-__all__ = ["Fingerprint", "Folder", "Hit", "SearchResult", "VectorIndex", "fingerprint", "write_report"]
+__all__ = ["Fingerprint", "Folder", "Hit", "SearchResult", "VectorIndex", "encode_share", "fingerprint", "write_report"]

@@ -40,6 +40,8 @@ class EmbedOptions:
         on_error: What an item does that is not allowed or cannot be embedded: ``raise``, or ``skip`` to leave it out
             and go on.
         shard_rows: Items of a shard.
+        share: Which of the shards are embedded, where several processes do it: each ``shares``-th, from this one.
+        shares: How many processes there are.
         show_progress_bar: Whether to show how far it is and how long it takes.
     """
 
@@ -47,6 +49,8 @@ class EmbedOptions:
     prompt_name: str | None = None
     on_error: str = "raise"
     shard_rows: int = SHARD_ROWS
+    share: int = 0
+    shares: int = 1
     show_progress_bar: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class EmbedOptions:
             raise ValueError(f"on_error is {self.on_error!r}; allowed is one of {list(ON_ERROR)}.")
         if self.shard_rows < 1 or self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size} and shard_rows {self.shard_rows}; allowed is from 1.")
+        if not 0 <= self.share < self.shares:
+            raise ValueError(f"share is {self.share} of {self.shares}; allowed is from 0, below the number of shares.")
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,8 @@ def embed_items(
         count = _spool(spool, items, folder, options)  # 1
         shards, ids = [], []
         with tqdm(total=count, desc="Embedding", unit="item", disable=not options.show_progress_bar) as bar:
-            for rows in _chunks(_unspool(spool), options.shard_rows):  # 2
+            chunks = _chunks(_unspool(spool), options.shard_rows)
+            for rows in islice(chunks, options.share, None, options.shares):  # 2
                 name = _name(rows, known, options.prompt_name)
                 if found := find_shard(folder, name):
                     shard, left_out = found
@@ -125,7 +132,7 @@ def embed_items(
                 shards += [shard] if shard.rows else []
                 ids += [row.item["id"] for row in rows if row.item["id"] not in gone]
                 skipped += left_out
-    if not ids:
+    if not ids and (options.shares == 1 or not count):
         what = source.path if isinstance(source, Folder) else source if isinstance(source, (str, Path)) else "items"
         reasons = "".join(f" {item.where}: {item.reason}" for item in skipped[:3])
         raise ValueError(f"There are no items to index in {what}.{reasons}")
