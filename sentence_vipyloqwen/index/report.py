@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from sentence_vipyloqwen.index.filters import Where
 from sentence_vipyloqwen.index.items import query_input
 from sentence_vipyloqwen.index.vector_index import Hit, Query
 from sentence_vipyloqwen.modules.images import open_image
@@ -34,6 +35,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "queries": "queries",
         "score": "cosine",
         "results": "results",
+        "where": "only where",
         "missing": "cannot be shown",
     },
     "vi": {
@@ -41,9 +43,17 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "queries": "truy vấn",
         "score": "cosin",
         "results": "kết quả",
+        "where": "chỉ khi",
         "missing": "không mở được",
     },
-    "zh": {"query": "查询", "queries": "条查询", "score": "余弦", "results": "条结果", "missing": "无法显示"},
+    "zh": {
+        "query": "查询",
+        "queries": "条查询",
+        "score": "余弦",
+        "results": "条结果",
+        "where": "条件",
+        "missing": "无法显示",
+    },
 }
 """The page's own words, by language."""
 
@@ -56,11 +66,13 @@ class SearchResult:
         query: As it was given to :meth:`VectorIndex.search`.
         hits: What that returned.
         prompt_name: The prompt it was asked with.
+        where: The condition that its hits satisfy.
     """
 
     query: Query
     hits: Sequence[Hit]
     prompt_name: str | None = None
+    where: Where | None = None
 
 
 @dataclass(frozen=True)
@@ -134,24 +146,37 @@ def _picture(image: ImageSource, name: str) -> _Picture:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """The thumbnail as PNG or JPEG, whichever is smaller: PNG for drawings and print, JPEG for photographs."""
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
+    content, kind = encode_picture(image, THUMBNAIL_PIXELS)
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def encode_picture(image: Image.Image, pixels: int) -> tuple[bytes, str]:
+    """A picture made small, and its media type: PNG or JPEG, whichever is smaller.
+
+    PNG suits drawings and print, JPEG photographs.
+
+    Args:
+        image: RGB; made small in place.
+        pixels: The longer side at most.
+    """
+    image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
     encoded = {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": _JPEG_QUALITY})):
+    for kind, options in (("png", {"optimize": pixels <= THUMBNAIL_PIXELS}), ("jpeg", {"quality": _JPEG_QUALITY})):
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
         encoded[kind] = buffer.getvalue()
     kind = min(encoded, key=lambda kind: len(encoded[kind]))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
+    return encoded[kind], f"image/{kind}"
 
 
 def _section(result: SearchResult, position: int, pictures: _Pictures) -> dict[str, Any]:
     query = query_input(result.query, position)
     return {
         "number": position + 1,
-        "text": _shorten(query.get("text", ""), _QUERY_LIMIT),
+        "text": shorten(query.get("text", ""), _QUERY_LIMIT),
         "pictures": pictures.of(query.get("image", ())),
         "prompt_name": result.prompt_name,
+        "where": "" if result.where is None else shorten(str(result.where), _QUERY_LIMIT),
         "hits": [_row(hit, pictures) for hit in result.hits],
     }
 
@@ -160,20 +185,35 @@ def _row(hit: Hit, pictures: _Pictures) -> dict[str, Any]:
     metadata = hit.item.get("metadata", {})
     return {
         "rank": hit.rank,
-        "id": _shorten(hit.id, _VALUE_LIMIT),
+        "id": shorten(hit.id, _VALUE_LIMIT),
         "score": hit.score,
-        "percent": f"{100 * min(max(hit.score, 0.0), 1.0):.1f}",
-        "text": _shorten(hit.item.get("text", ""), _TEXT_LIMIT),
+        "percent": percent(hit.score),
+        "text": shorten(hit.item.get("text", ""), _TEXT_LIMIT),
         "pictures": pictures.of(hit.item.get("image", ())),
-        "metadata": {_shorten(str(key), _VALUE_LIMIT): _value(value) for key, value in metadata.items()},
+        "metadata": {shorten(str(key), _VALUE_LIMIT): show_value(value) for key, value in metadata.items()},
     }
 
 
-def _value(value: Any) -> str:
-    return _shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), _VALUE_LIMIT)
+def percent(score: float) -> str:
+    """How long a score's bar is, in percent.
+
+    >>> percent(0.873), percent(-0.4)
+    ('87.3', '0.0')
+    """
+    return f"{100 * min(max(score, 0.0), 1.0):.1f}"
 
 
-def _shorten(text: str, limit: int) -> str:
+def show_value(value: Any) -> str:
+    """A value of metadata in a line."""
+    return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), _VALUE_LIMIT)
+
+
+def shorten(text: str, limit: int) -> str:
+    """The beginning of a long text, and how much is not shown.
+
+    >>> shorten("Hà Nội mùa thu", 6)
+    'Hà Nội … (+8)'
+    """
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … (+{len(text) - limit:,})"
 
 

@@ -130,8 +130,7 @@ def test_an_image_that_is_gone_is_named(tmp_path, caplog):
 def test_bars_show_scores_from_0_to_1(tmp_path):
     hits = [hit(rank, score) for rank, score in enumerate([1.0, 0.873, 0.0, -0.4], 1)]
     page = page_of(tmp_path, SearchResult("q", hits))
-    bars = [attributes["style"] for attributes in page.all("span") if "style" in attributes]
-    assert bars == ["width:100.0%", "width:87.3%", "width:0.0%", "width:0.0%"]
+    assert [bar["width"] for bar in page.all("rect")] == ["100.0%", "87.3%", "0.0%", "0.0%"]
     assert "-0.400" in page.text
 
 
@@ -140,6 +139,12 @@ def test_long_texts_are_shortened_and_say_so(tmp_path):
     assert f"{'ă' * 400} … (+4,600)" in page.text
     assert '{"a": [1]}' in page.text
     assert (tmp_path / "page.html").stat().st_size < 20_000
+
+
+def test_a_condition_is_shown(tmp_path):
+    page = page_of(tmp_path, SearchResult("q", [], where="năm > 2024 <b>"), lang="vi")
+    assert "năm > 2024 <b>" in page.text
+    assert page.all("b") == []
 
 
 def test_a_query_without_hits_and_a_page_without_queries(tmp_path):
