@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import faiss
+import networkx
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import TASKS, VectorIndex, ViPyloQwen, load_tasks
+from sentence_vipyloqwen.index import Hit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TESTED = ("store_and_query.py", "compare_lists.py", "finetune_jsonl.py", "faiss_by_hand.py")
+TESTED = (
+    "store_and_query.py",
+    "compare_lists.py",
+    "finetune_jsonl.py",
+    "faiss_by_hand.py",
+    "multimodal_rag.py",
+    "graph_rag.py",
+    "cross_modal_retrieval.py",
+    "document_intelligence.py",
+    "refine_image_search.py",
+)
 
 Run = Callable[[str], str]
 
@@ -75,3 +89,67 @@ def test_faiss_by_hand(run: Run, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(index.reconstruct_n(0, 7), axis=1), 1, atol=1e-5)
     assert told.splitlines()[0] == "thủ đô"
     assert told.count("\n  ") == 6  # three hits for each of two queries
+
+
+def test_multimodal_rag(run: Run, tmp_path: Path) -> None:
+    told = run("multimodal_rag.py")
+    system, user = json.loads((tmp_path / "messages.json").read_text(encoding="utf-8"))
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert user["content"][-1] == {"type": "text", "text": told.splitlines()[0]}
+    sources = [part["text"] for part in user["content"][:-1] if part["type"] == "text"]
+    assert [text.partition(" ")[0] for text in sources] == ["[1]", "[2]", "[3]"]
+    pages = sum("bill, page" in text for text in sources)
+    images = [part["image_url"]["url"] for part in user["content"] if part["type"] == "image_url"]
+    assert len(images) == pages
+    assert all(image.startswith("data:image/png;base64,") for image in images)
+
+
+def test_a_language_model_gets_no_more_text_than_is_said() -> None:
+    example = runpy.run_path(str(EXAMPLES / "multimodal_rag.py"))
+    hits = [Hit(1, name, 1.0, {"text": "ă" * 3000, "image": []}) for name in ("a", "b", "c")]
+    *sources, question = example["messages_for"]("q", hits)[1]["content"]
+    assert [part["text"].count("ă") for part in sources] == [3000, 1000, 0]
+    assert question["text"] == "q"
+
+
+def test_graph_rag(run: Run, tmp_path: Path) -> None:
+    told = run("graph_rag.py")
+    graph = networkx.read_graphml(tmp_path / "graph.graphml")
+    assert len(graph) == 8
+    assert min(dict(graph.degree).values()) >= 3  # each has three neighbours, and is one of others
+    assert all(0 <= weight <= 1.0001 for *_, weight in graph.edges(data="weight"))
+    assert f"8 nodes, {graph.number_of_edges()} edges" in told
+    members = told.splitlines()[1].partition(": ")[2].split(", ")
+    assert set(re.findall(r"\d\. .*?  (.*?), linked", told)) <= set(members)
+
+
+def test_cross_modal_retrieval(run: Run) -> None:
+    lines = run("cross_modal_retrieval.py").splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["text -> picture", "image -> caption"]
+    for line in lines:
+        recall, reciprocal, chance = map(float, re.findall(r"\d\.\d{3}", line))
+        assert 0 <= recall <= reciprocal <= 1
+        assert chance == pytest.approx(1 / 12, abs=1e-3)
+
+
+def test_document_intelligence(run: Run, tmp_path: Path) -> None:
+    told = run("document_intelligence.py")
+    pages, fields = (re.findall(rf"  {what} +-?\d\.\d+  (.*)", told) for what in ("page", "field"))
+    invoices = runpy.run_path(str(EXAMPLES / "document_intelligence.py"))["INVOICES"]
+    assert pages[0] == "invoice-0123"  # the only one of May
+    assert len(fields) == 2
+    assert all(field in invoices[page].values() for page, field in zip(pages, fields, strict=True))
+    assert (tmp_path / "results.html").read_text(encoding="utf-8").count("<section") == 2
+
+
+def test_refine_image_search(run: Run, tmp_path: Path) -> None:
+    told = run("refine_image_search.py")
+    assert told.startswith("the image alone: red circle 1.000")
+    assert told.count("share of the words") == 3
+    assert (tmp_path / "results.html").is_file()
+
+
+def test_a_mixture_of_vectors_is_of_unit_length() -> None:
+    mix = runpy.run_path(str(EXAMPLES / "refine_image_search.py"))["mix"]
+    np.testing.assert_allclose(mix(np.array([1.0, 0]), np.array([0, 1.0]), 0.5), [0.5**0.5] * 2)
+    np.testing.assert_allclose(mix(np.array([1.0, 0]), np.array([0, 1.0]), 0.25), np.array([3, 1]) / 10**0.5)
