@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import datasets
 from PIL import Image, ImageSequence
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from sentence_vipyloqwen.extras import require
 
+if TYPE_CHECKING:
     from pypdfium2 import PdfDocument, PdfPage
 
 ITEM_KEYS = ("id", "text", "image", "metadata")
@@ -246,16 +246,8 @@ def _tiff_pages(path: Path, name: str) -> Iterator[tuple[str, Read]]:
 # --- PDFs ---
 
 
-def _pdfium() -> ModuleType:
-    try:
-        import pypdfium2
-    except ImportError as error:
-        raise ImportError("PDFs need pypdfium2: pip install 'sentence-vipyloqwen[pdf]'") from error
-    return pypdfium2
-
-
 def _pdf_pages(path: Path, name: str, rendering: _Rendering) -> Iterator[tuple[str, Read]]:
-    pdfium = _pdfium()
+    pdfium = require("pypdfium2", "pdf")
     try:
         document = pdfium.PdfDocument(path)
         document.init_forms()  # what was filled in is drawn, too
@@ -268,12 +260,13 @@ def _pdf_pages(path: Path, name: str, rendering: _Rendering) -> Iterator[tuple[s
 
 
 def _pdf_page(document: PdfDocument, name: str, number: int, rendering: _Rendering) -> dict[str, Any]:
+    pdfium = require("pypdfium2", "pdf")
     try:
         with closing(document[number - 1]) as page:
             image = page.render(scale=_scale(page, rendering)).to_pil()
             with closing(page.get_textpage()) as text_page:
                 text = text_page.get_text_bounded()
-    except _pdfium().PdfiumError as error:
+    except pdfium.PdfiumError as error:
         raise ValueError(f"the page cannot be rendered: {error}") from error
     return _page(name, number, image, text=_clean(text))
 

@@ -94,9 +94,10 @@ class VectorIndex:
 
         Args:
             model: A ``ViPyloQwen`` or any ``SentenceTransformer`` that takes ``{"text": ..., "image": ...}``.
-            items: Path of a JSONL file, or dicts ``{"id", "text", "image", "metadata"}``, all but a text or an image
-                optional. An item without an id gets its position as id. Image paths are relative to the JSONL file
-                (to the working directory for dicts); images that are no files are stored in the index.
+            items: Path of a JSONL file, of a folder of images, texts and PDFs, or of a PDF; a ``datasets`` dataset; or
+                dicts ``{"id", "text", "image", "metadata"}``, all but a text or an image optional. An item without id
+                gets its position as id. Image paths are relative to the JSONL file, else to the working directory;
+                images that are no files are stored in the index. See :mod:`sentence_vipyloqwen.index.sources`.
             folder: Where the index goes.
             kind: How it is searched: ``"auto"`` compares every vector up to 200,000 items and makes an ``IVF,SQ8``
                 beyond; ``"Flat"``, ``"HNSW"``, ``"IVF,SQ8"``, ``"IVF,PQ"``, ``"binary"``, ``"MRL256"``, or a FAISS
