@@ -1,4 +1,4 @@
-"""The command line: ``vipyloqwen demo | create | validate | mine | train | evaluate | index | search``."""
+"""The command line: ``vipyloqwen demo | create | validate | mine | train | evaluate | index | search | ui``."""
 
 from __future__ import annotations
 
@@ -502,6 +502,46 @@ def search(
     if html:
         write_report(html, [SearchResult(query, hits, prompt_name, where)])
         screen.print(f"Wrote {html}.")
+
+
+@app.command()
+def ui(
+    model: Model,
+    index: Index,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; other computers reach the page only if you change it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8765,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name under which the page may be asked for; may be given often."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Search an index in the browser: type, drop or paste images, choose a prefix, filter, look at what is found.
+
+    The page is served on this computer alone, and shows no file but the images of the index's items. What you ask with
+    is kept nowhere. Needs the `ui` extra. Ctrl-C ends it.
+
+    **Asking.** Words, images, or both; a prefix says what kind of question it is, as `--prompt-name` does in `search`.
+    The condition is that of `search --where`: `lang = 'vi' AND page < 3`. Click a fact of a result to filter by it, a
+    picture to enlarge it, and *More like this* to go on from a result; words added then narrow it down.
+
+    **Other computers.** `--host 0.0.0.0 --name my-server` lets them in who ask for `my-server`: there is no password
+    and no encryption, so do that only in a network you trust.
+
+    Example: `vipyloqwen ui run/model my-index`
+    """
+    from sentence_vipyloqwen.extras import require
+
+    for module in ("fastapi", "python_multipart", "uvicorn"):
+        require(module, "ui")
+    from sentence_vipyloqwen.index import VectorIndex
+    from sentence_vipyloqwen.index.ui import serve
+
+    loaded = VectorIndex.load(index, _load(model, device))
+    _screen().print(f"{len(loaded)} items, to search at http://{host}:{port} (Ctrl-C ends it)")
+    serve(loaded, host=host, port=port, host_names=name or ())
 
 
 def _tell_skipped(skipped: Sequence[Skipped], report: Path | None) -> None:

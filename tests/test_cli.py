@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sentence_vipyloqwen import cli
+from sentence_vipyloqwen import VectorIndex, ViPyloQwen, cli
 from sentence_vipyloqwen.train.recipe import Recipe
 
 
@@ -20,7 +20,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["demo"], ["create"], ["validate"], ["train"], ["evaluate"], ["index"], ["index", "build"], ["search"]],
+    [
+        [],
+        ["demo"],
+        ["create"],
+        ["validate"],
+        ["train"],
+        ["evaluate"],
+        ["index"],
+        ["index", "build"],
+        ["search"],
+        ["ui"],
+    ],
 )
 def test_help_tells_of_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
@@ -46,6 +57,22 @@ def test_an_error_is_a_line_and_an_exit_code(
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+
+
+def test_the_page_needs_an_extra_and_is_for_this_computer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "fastapi", None)
+        assert run(patched, "ui", "m", "i") == 1
+    assert "sentence-vipyloqwen[ui]" in capsys.readouterr().err.replace("\n", "")
+
+    served: list[dict] = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **how: served.append({"app": app, **how}))
+    VectorIndex.build(ViPyloQwen(folder, device="cpu"), [{"text": "một"}], tmp_path / "index")
+    assert run(monkeypatch, "ui", folder, tmp_path / "index", "--device", "cpu") == 0
+    assert "1 items, to search at http://127.0.0.1:8765" in capsys.readouterr().out
+    assert (served[0]["host"], served[0]["port"]) == ("127.0.0.1", 8765)
 
 
 def test_train_hands_over_what_was_given_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
