@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from fastapi.testclient import TestClient
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -37,6 +39,7 @@ READMES = ("README.md", "README.vi.md")
 QUICKER = {"max_steps=100": "max_steps=2"}
 """What is written -> what runs here; everything else runs as it stands."""
 
+HERE = "http://127.0.0.1"
 ORIENTATION = 0x0112  # the tag of EXIF
 LANGUAGES = {"bash", "python", "json", "bibtex"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -68,7 +71,8 @@ def commands(block: Block) -> list[list[str]]:
 
 @pytest.fixture
 def after_the_demo(folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory as `make demo` leaves it, but small."""
+    """The working directory as `make demo` leaves it, but small; the page to search in ends as soon as it is up."""
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_: TestClient(app, HERE).get("/").raise_for_status())
     monkeypatch.chdir(tmp_path)
     output = Path("demo-output")
     build_demo_data(output / "data", sizes=DemoSizes().scaled(0.01))
