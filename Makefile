@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= demo-output
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-integration check bench clean
 
 demo: .venv/installed  ## The whole job on a tiny model, about 15 minutes on two cores
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/vipyloqwen demo $(OUTPUT)
 
 test: .venv/installed check  ## Style and every test
 	$(BIN)/python -m pytest -n auto
+
+test-integration: .venv/installed-integration  ## Tests in a browser; needs Debian's chromium and chromium-driver
+	$(BIN)/python -m pytest -n 0 tests/integration
 
 check: .venv/installed  ## Style: ruff's lint and format
 	$(BIN)/ruff check .
@@ -25,4 +28,8 @@ clean:
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/installed-integration: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,integration]'
 	touch $@
