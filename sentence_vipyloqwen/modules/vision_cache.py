@@ -38,7 +38,10 @@ EXTRA = "vision-cache"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ENTRY = struct.Struct("<qIIB")
-_PROCESSING = ("image_mean", "image_std", "rescale_factor", "resample", "patch_size", "merge_size")
+_PROCESSING = (
+    *("do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("patch_size", "temporal_patch_size", "merge_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,21 @@ class VisionCache:
         self._environment = lmdb.open(str(folder), map_size=shutil.disk_usage(folder).total, metasync=False)
 
     @classmethod
-    def of(cls, tower: nn.Module, image_processor: Any, parent: str | Path) -> VisionCache:
+    def of(cls, tower: nn.Module, image_processor: Any, parent: str | Path, jpeg_draft: bool = False) -> VisionCache:
         """The cache of a tower: a folder of its own, named by its weights and by how pixels become patches.
 
         Args:
             tower: The vision tower, frozen.
             image_processor: What the tower's images are cut by.
             parent: The folder of all caches.
+            jpeg_draft: Whether photographs are decoded at a fraction of their size.
 
         Raises:
             ValueError: If a parameter of the tower is trained.
         """
         check_frozen(tower)
         processing = {name: getattr(image_processor, name) for name in _PROCESSING}
-        facts = [FORMAT_VERSION, hash_tensors(tower.state_dict().items()), processing]
+        facts = [FORMAT_VERSION, hash_tensors(tower.state_dict().items()), processing, jpeg_draft]
         digest = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
         return cls(Path(parent) / digest, image_processor.merge_size)
 

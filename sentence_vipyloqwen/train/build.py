@@ -70,7 +70,8 @@ def _open_vision_cache(model: ViPyloQwen, folder: str) -> VisionCache:
     if not model[0].packed:
         attention = model[0].model.config._attn_implementation
         raise ValueError(f"Setting vision_cache needs packed batches; attn_implementation is {attention!r}.")
-    return VisionCache.of(model[0].model.visual, model[0].image_processor, folder)
+    transformer = model[0]
+    return VisionCache.of(transformer.model.visual, transformer.image_processor, folder, transformer.jpeg_draft)
 
 
 def _whole_model(recipe: Recipe, device: str | None) -> ViPyloQwen:
@@ -183,6 +184,7 @@ def make_arguments(recipe: Recipe, output: Path, device: str | None) -> Sentence
         restore_callback_states_from_checkpoint=True,
         logging_steps=recipe.logging_steps,
         dataloader_num_workers=recipe.workers,
+        ddp_timeout=recipe.ddp_timeout,
         ddp_find_unused_parameters=False,  # the vision tower runs in every forward pass
         ddp_broadcast_buffers=False,  # there are none that change
         seed=recipe.seed,

@@ -144,6 +144,12 @@ class EarlyStopping(EarlyStoppingCallback):
         control.should_save |= control.should_training_stop
 
 
+def has_ended(checkpoint: Path) -> bool:
+    """Whether the run that wrote a checkpoint had no step left to take; the trainer would take one more."""
+    state = _state(checkpoint)
+    return state["global_step"] >= state["max_steps"] or stopped_early(checkpoint)
+
+
 def stopped_early(checkpoint: Path) -> bool:
     """Whether the run that wrote a checkpoint ended there for want of patience."""
     state = _state(checkpoint)["stateful_callbacks"].get(EarlyStopping.__name__)

@@ -125,6 +125,8 @@ class Recipe:
         best_metric: What an evaluation is judged by: ``mean`` of the tasks' headline metrics, or a task's metric such
             as ``ocr/recall@1``. Higher is better; the best checkpoint becomes the model. None takes the last.
         patience: Evaluations without a better one after which the training stops; 0 for no end before the last step.
+        ddp_timeout: Seconds that a process waits for the others before it gives up: longer than the first one takes to
+            evaluate the untrained model.
         save_steps: Optimiser steps between checkpoints; 0 for none, or with ``best_metric`` one at each evaluation.
         keep_checkpoints: How many checkpoints are kept, the best among them; while one is written, it is one more.
         logging_steps: Optimiser steps between lines of the log.
@@ -188,8 +190,9 @@ class Recipe:
     eval_steps: int = 0
     best_metric: str | None = None
     patience: int = 0
-    save_steps: int = 0
+    save_steps: int = 500
     keep_checkpoints: int = 2
+    ddp_timeout: int = 6 * 3600
     logging_steps: int = 10
     report_to: tuple[str, ...] = (AUTO,)
     workers: int = 0
@@ -197,7 +200,7 @@ class Recipe:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "logging_steps", "keep_checkpoints", "lora_r"):
+        for name in ("batch_size", "accumulation", "logging_steps", "keep_checkpoints", "lora_r", "ddp_timeout"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("embedding_dim", "max_seq_length", "loss_mini_batch_tokens"):
             value = getattr(self, name)

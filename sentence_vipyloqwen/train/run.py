@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,6 +20,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from transformers import PrinterCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from sentence_vipyloqwen.index.files import measure
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.modules.sharding import is_sharded
 from sentence_vipyloqwen.train.adapters import merge_adapter
@@ -39,8 +41,8 @@ from sentence_vipyloqwen.train.checkpoints import (
     best_of,
     clean,
     complete_checkpoints,
+    has_ended,
     step_of,
-    stopped_early,
 )
 from sentence_vipyloqwen.train.dataset import load_tasks
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
@@ -54,9 +56,12 @@ from sentence_vipyloqwen.train.sampling import SamplingCallback, mixed_splits
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+DATA_FILE = "data.json"
+"""Hashes of the data files that a run began with."""
+
 METRICS_FILE = "metrics.json"
 MODEL, ADAPTER = "model", "adapter"
-_MAY_DIFFER_ON_RESUME = {"resume", "workers", "logging_steps", "keep_checkpoints", "report_to", "merge"}
+_MAY_DIFFER_ON_RESUME = {"resume", "workers", "logging_steps", "keep_checkpoints", "report_to", "merge", "ddp_timeout"}
 # A vision cache may not: features differ by rounding with the batch they were computed in.
 
 
@@ -117,8 +122,10 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
         check_best_metric(recipe, before)
         _add_metrics(output / METRICS_FILE, before=before)
     try:
-        if checkpoint is None or not stopped_early(checkpoint):
+        if checkpoint is None or not has_ended(checkpoint):
             _train(parts.trainer, parts.stop, checkpoint)
+        elif not recipe.best_metric:
+            parts.trainer._load_from_checkpoint(str(checkpoint))  # the seam of `_load_best`
     finally:
         parts.progress.stop()
         parts.watch.close()
@@ -263,24 +270,52 @@ def _report(output: Path) -> None:
 def _find_checkpoint(recipe: Recipe, output: Path) -> Path | None:
     """The checkpoint to go on from; an output folder that holds a run must hold one of the same settings."""
     checkpoints = complete_checkpoints(output / CHECKPOINTS)
-    if not checkpoints and not (output / RECIPE_FILE).exists():
+    if not (output / RECIPE_FILE).exists() and not any((output / CHECKPOINTS).glob("*")):
         return None
     if not recipe.resume:
         raise ValueError(
             f"{output} holds the checkpoints of an earlier run: resume it or choose another output folder."
         )
-    earlier, now = (yaml.safe_load(of.to_yaml()) for of in (load_recipe(output / RECIPE_FILE), recipe))
+    if not (output / RECIPE_FILE).exists():
+        raise ValueError(f"{output / CHECKPOINTS} holds checkpoints of something else: choose another output folder.")
+    earlier, now = (_settings_of(of) for of in (load_recipe(output / RECIPE_FILE), recipe))
     if changed := sorted(key for key in now if now[key] != earlier[key] and key not in _MAY_DIFFER_ON_RESUME):
         changes = ", ".join(f"{key}: {earlier[key]!r} -> {now[key]!r}" for key in changed)
         raise ValueError(
             f"{output} holds a run of other settings ({changes}): give those again to resume it, "
             "or choose another output folder."
         )
+    if changed := [path for path, digest in _digests(recipe).items() if digest not in _known_digests(output)]:
+        raise ValueError(
+            f"The records of {', '.join(changed)} are not those that the run in {output} began with: it cannot go on "
+            "with them: restore them, or choose another output folder."
+        )
     return checkpoints[-1] if checkpoints else None
+
+
+def _digests(recipe: Recipe) -> dict[str, str]:
+    """Each data file, and a hash of its content."""
+    return {path: measure(Path(path))["xxh3_128"] for path in recipe.train}
+
+
+def _known_digests(output: Path) -> list[str]:
+    return json.loads((output / DATA_FILE).read_text(encoding="utf-8"))
+
+
+def _settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Its settings as plain data; a path is the same however it is written."""
+    settings = yaml.safe_load(recipe.to_yaml())
+    settings["output"] = None  # it is where it was found
+    for name in ("eval", "base"):
+        if settings[name] and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    settings["train"] = [str(Path(path).resolve()) for path in settings["train"]]
+    return settings
 
 
 def _start_output(recipe: Recipe, output: Path, checkpoint: Path | None) -> None:
     output.mkdir(parents=True, exist_ok=True)
+    _write(output / DATA_FILE, json.dumps(list(_digests(recipe).values())))
     _write(output / RECIPE_FILE, recipe.to_yaml())
     clean(output / CHECKPOINTS)
     if checkpoint:

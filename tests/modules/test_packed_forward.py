@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import runpy
 import sys
 from collections.abc import Callable
@@ -38,12 +39,21 @@ over rows and layers, and their rounding with them: drawn batches reach 1.1e-5. 
 Picture = Callable[..., Image.Image]
 
 WORDS = ("xin", "chào", "thế", "giới", "hóa", "đơn", "red", "circle", "红色", "发票")
-texts = st.lists(st.sampled_from(WORDS), max_size=300).map(" ".join)
+lengths = st.one_of(st.integers(0, 12), st.integers(13, 300))  # in words: hypothesis would hardly ever draw a long one
+texts = st.tuples(lengths, st.integers(0, 9)).map(lambda drawn: words(*drawn))
 numbers = st.lists(st.integers(0, 3), max_size=5)  # of the pictures, which have two sizes
+
+
+def words(count: int, seed: int) -> str:
+    """So many words, the same ones for the same seed."""
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
 rows = st.tuples(numbers, texts, st.sampled_from(["", "<ocr> ", "<vqa_multi> "])).filter(lambda row: row[0] or row[1])
 batches = st.lists(rows, min_size=1, max_size=6).flatmap(
     lambda drawn: st.lists(st.sampled_from(drawn), min_size=1, max_size=3).map(lambda again: drawn + again)
 )
+LONG = [([0, 1, 2, 3, 1], words(300, 0), "<ocr> "), ([0], words(1, 1), ""), ([], words(300, 2), ""), ([0, 1], "", "")]
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 fewer = settings(few, max_examples=5)
 
@@ -79,6 +89,7 @@ def embed(model: ViPyloQwen, inputs: list[Any]) -> Tensor:
 
 @few
 @given(batches)
+@example(LONG)
 def test_embeddings_and_gradients_are_those_of_the_padded_batch(
     model: ViPyloQwen, picture: Picture, drawn: list[Any]
 ) -> None:
@@ -87,6 +98,7 @@ def test_embeddings_and_gradients_are_those_of_the_padded_batch(
 
 @few
 @given(batches)
+@example(LONG)
 def test_in_float64_only_the_float32_of_norms_and_rotations_is_left(
     model: ViPyloQwen, picture: Picture, drawn: list[Any]
 ) -> None:

@@ -126,6 +126,38 @@ def test_a_run_without_checkpoints_is_not_mixed_up_either(recipe: Callable[..., 
     assert len((data / "run" / "log.jsonl").read_text().splitlines()) == len(log.splitlines())
 
 
+def test_a_run_that_has_ended_takes_no_further_step(
+    recipe: Callable[..., Recipe], data: Path, weights: Callable[[Path], dict[str, torch.Tensor]]
+) -> None:
+    first = weights(train(recipe(save_steps=3), device="cpu").model_path)
+    again = weights(train(recipe(save_steps=3), device="cpu").model_path)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_checkpoints_of_something_else_are_left_alone(recipe: Callable[..., Recipe], data: Path) -> None:
+    foreign = data / "run" / "checkpoints" / "checkpoint-500"
+    foreign.mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds checkpoints of something else"):
+        train(recipe(), device="cpu")
+    assert foreign.is_dir()
+
+
+def test_the_same_files_written_in_another_way_are_the_same_run(
+    recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(max_steps=2), device="cpu")
+    monkeypatch.chdir(data)
+    assert train(recipe(max_steps=2, train="./train.jsonl", output="run"), device="cpu").model_path == Path("run/model")
+
+
+def test_other_records_under_the_same_name_are_another_run(recipe: Callable[..., Recipe], data: Path) -> None:
+    train(recipe(save_steps=3), device="cpu")
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join(lines[:-4]))
+    with pytest.raises(ValueError, match="train.jsonl are not those that the run in .* began with"):
+        train(recipe(save_steps=3), device="cpu")
+
+
 def test_what_was_measured_before_survives_a_kill(
     recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
