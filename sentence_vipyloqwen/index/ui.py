@@ -26,7 +26,7 @@ from urllib.parse import urlencode, urlsplit
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import FormData, QueryParams
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -204,15 +204,21 @@ def _read_k(text: str) -> int:
 
 
 def _read_upload(upload: UploadFile) -> Image.Image:
-    name = shorten(upload.filename or "", 80)
+    name, most = shorten(upload.filename or "", 80), f"at most {MOST_UPLOAD_PIXELS:,} are allowed"
     try:
         with Image.open(upload.file, formats=UPLOAD_FORMATS) as image:
             if image.width * image.height > MOST_UPLOAD_PIXELS:
-                raise ValueError(f"{image.width * image.height:,} pixels; at most {MOST_UPLOAD_PIXELS:,} are allowed")
+                raise ValueError(
+                    f"it has {image.width * image.height:,} pixels; at most {MOST_UPLOAD_PIXELS:,} are allowed"
+                )
             return open_image(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        formats = ", ".join(UPLOAD_FORMATS)
-        raise ValueError(f"The image {name!r} cannot be read: {error}. Allowed are {formats}.") from error
+    except UnidentifiedImageError as error:
+        allowed = ", ".join(UPLOAD_FORMATS)
+        raise ValueError(f"{name!r} cannot be read: it is no image of a kind that is allowed: {allowed}.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name!r} cannot be read: it has far too many pixels; {most}.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be read: {error}.") from error
 
 
 def _read_query(index: VectorIndex, question: Question) -> dict[str, Any]:
