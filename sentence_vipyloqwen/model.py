@@ -53,7 +53,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
 
     ``encode`` computes equal inputs once, and an image that several inputs begin with once for each batch. It forms
     batches within three bounds and takes two of them as further arguments: ``batch_size`` inputs, ``token_budget``
-    language-model tokens (by default 2048 on a CPU, 16384 elsewhere) and ``patch_budget`` vision patches (by default 4
+    language-model tokens (by default 1024 on a CPU, 16384 elsewhere) and ``patch_budget`` vision patches (by default 4
     times as many), each for one forward pass. Where memory runs out, it halves the budgets and goes on. Outputs other
     than embeddings know ``batch_size`` alone.
 

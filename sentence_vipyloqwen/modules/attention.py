@@ -27,7 +27,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -170,7 +170,8 @@ def _groups(segments: Segments) -> list[range]:
 def _fits(segments: Segments, members: range, segment: int) -> bool:
     lengths = segments.lengths
     if segments.parents[segment] < 0:  # in a block that is not causal, padding would be seen
-        return lengths[segment] - lengths[members.start] < (LIKE_LENGTH if segments.causal else 1)
+        lowest, highest = min(lengths[segment], lengths[members.start]), max(lengths[segment], lengths[members.start])
+        return highest - lowest < (LIKE_LENGTH if segments.causal else 1)
     prefix = sum(lengths[ancestor] for ancestor in segments.ancestors(segment))
     return sum(lengths[member] for member in members) + lengths[segment] <= max(BRANCH_TOKENS, prefix)
 
@@ -419,6 +420,12 @@ class _Instead:
         return getattr(self._original, name)
 
 
+@cache
+def has_varlen_kernel() -> bool:
+    """Whether the GPU runs torch's varlen kernel: NVIDIA's from Ampere on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def choose_kernel(implementation: str, device: str, dtype: torch.dtype, dropout: float) -> Callable[..., Tensor]:
     """The fastest attention over segments that a device, a dtype and what is installed allow.
 
@@ -431,7 +438,9 @@ def choose_kernel(implementation: str, device: str, dtype: torch.dtype, dropout:
         return grouped_attention
     if implementation == PACKED["flash_attention_2"]:
         return partial(varlen_attention, kernel=require("flash_attn", "flash-attn").flash_attn_varlen_func)
-    return grouped_attention if varlen_attn is None or dropout else partial(varlen_attention, kernel=torch_varlen)
+    if varlen_attn is None or dropout or not has_varlen_kernel():
+        return grouped_attention
+    return partial(varlen_attention, kernel=torch_varlen)
 
 
 PACKED: Mapping[str, str] = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_fa2"}

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TypeAlias
 
-TOKEN_BUDGETS: Mapping[str, int] = {"cpu": 2048}
-"""Device type -> language-model tokens of a forward pass, where none are named: on a CPU, what its caches hold."""
+TOKEN_BUDGETS: Mapping[str, int] = {"cpu": 1024}
+"""Device type -> language-model tokens of a forward pass, where none are named: on a CPU, what keeps its tensors
+below the size from which the allocator maps and unmaps memory at every operation."""
 
 ACCELERATOR_TOKEN_BUDGET = 16384
 """The same for a device type that `TOKEN_BUDGETS` lacks."""
@@ -116,7 +117,7 @@ def batch_budget(device_type: str, batch_size: int, token_budget: int | None, pa
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
         batch_size: Most rows.
-        token_budget: Most language-model tokens; by default 2048 on a CPU and 16384 elsewhere.
+        token_budget: Most language-model tokens; by default 1024 on a CPU and 16384 elsewhere.
         patch_budget: Most vision patches; by default 4 times the token budget.
 
     Raises:

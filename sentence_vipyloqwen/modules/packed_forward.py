@@ -53,6 +53,15 @@ def prepare(model: Qwen2VLModel) -> bool:
     return True
 
 
+def is_prepared(model: Qwen2VLModel) -> bool:
+    """Whether every part of a model still has the attention that :func:`prepare` gave it.
+
+    It may be set anew afterwards, by transformers' ``set_attn_implementation``, for a part alone as well.
+    """
+    configs = (model.config, model.visual.config, model.language_model.config)
+    return all(config._attn_implementation in PACKED.values() for config in configs)
+
+
 @cache  # so that it is said once
 def _log_once(level: int, reason: str) -> None:
     allowed = " or ".join(map(repr, PACKED))
@@ -102,7 +111,7 @@ def run_vision(model: Qwen2VLModel, patches: Tensor, grids: Sequence[tuple[int, 
         (P / 4, hidden).
     """
     thw = torch.tensor(grids)  # (I, 3)
-    if model.config._attn_implementation not in PACKED.values():
+    if not is_prepared(model):
         return model.visual(patches, grid_thw=thw.to(patches.device)).pooler_output
     places = get_vision_position_ids(thw, model.visual.spatial_merge_size)  # (P, 2)
     plan = {
@@ -146,10 +155,10 @@ def select_patches(features: Mapping[str, Any], packing: Packing, places: Sequen
         places: Of the images, among ``packing.images``.
     """
     patches: Tensor = features["pixel_values"]
-    sizes = features["image_grid_thw"].prod(dim=1).tolist()
-    if PLAN in features:  # the plan's images are there alone, in its order
-        sizes, chosen = [sizes[image] for image in packing.images], list(places)
+    if PLAN in features:  # the plan's images are there alone, in its order; no device is asked for numbers
+        sizes, chosen = [down * across for _, down, across in packing.grids], list(places)
     else:
+        sizes = features["image_grid_thw"].prod(dim=1).tolist()
         chosen = [packing.images[place] for place in places]
     if chosen == list(range(len(sizes))):
         return patches

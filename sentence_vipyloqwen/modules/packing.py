@@ -86,7 +86,7 @@ class Packing:
     def pad(self, tokens: Tensor) -> Tensor:
         """Packed (T, H) to padded (B, L, H), zero where there is no token."""
         real = self.row_tokens >= 0  # (B, L)
-        return tokens[self.row_tokens] * real[..., None]
+        return tokens[self.row_tokens].where(real[..., None], 0)
 
 
 def _sum_by(group: Tensor, values: Tensor, groups: int) -> Tensor:
@@ -195,11 +195,6 @@ class _Images:
     def sizes(self) -> np.ndarray:
         """(I,) merged tokens of each."""
         return self.grids.prod(axis=1)
-
-    @property
-    def ordinals(self) -> np.ndarray:
-        """(I,) the place of each in its row."""
-        return np.arange(len(self.rows)) - np.searchsorted(self.rows, self.rows)
 
     def sum_before(self, values: np.ndarray) -> np.ndarray:
         """(I,) the sum of `values` over the images before each in its row."""

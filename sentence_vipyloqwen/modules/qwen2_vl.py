@@ -24,6 +24,7 @@ from sentence_vipyloqwen.modules.inputs import MAX_IMAGES, AnySource, ParsedInpu
 from sentence_vipyloqwen.modules.mean_pooling import PACKED_EMBEDDINGS, PACKING
 from sentence_vipyloqwen.modules.packed_forward import (
     PLAN,
+    is_prepared,
     keep_vision_in_step,
     prepare,
     run_packed,
@@ -235,7 +236,7 @@ class Qwen2VLTransformer(InputModule):
         Raises:
             ValueError: If an image cannot be decoded; the message names its input and position.
         """
-        if not self.packed:
+        if not self._packs:
             return self.collate(rows, opened)
         images = [RowImages.of(row) for row in rows]
         cut_images = self._open(images, opened if opened is not None else ImagePatchCache())
@@ -306,6 +307,11 @@ class Qwen2VLTransformer(InputModule):
             "mm_token_type_ids": torch.from_numpy((ids == self.control.image_pad).astype(np.int64)),
         }
 
+    @property
+    def _packs(self) -> bool:
+        """Whether batches are packed now: as asked for, and as the model's attention allows."""
+        return self.packed and is_prepared(self.model)
+
     # --- what comes out -----------------------------------------------------------------------------------------------
 
     def forward(self, features: dict[str, Any], padded_output: bool = True, **kwargs: Any) -> dict[str, Any]:
@@ -323,7 +329,7 @@ class Qwen2VLTransformer(InputModule):
         """
         if CLOSED_IMAGES in features:
             features = {**features, **self._sizes(features)}
-        if not self.packed:
+        if not self._packs:
             features["token_embeddings"] = self._forward_padded(features)
             return features
         packing = self._plan(features)

@@ -123,7 +123,7 @@ def test_every_kernel_equals_one_dense_mask(segments: Segments) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=6).map(sorted))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
 def test_segments_apart_see_all_of_themselves(lengths: list[int]) -> None:
     segments = Segments.apart(lengths)
     expected = with_gradients(dense_attention, segments)
@@ -217,12 +217,16 @@ def test_torch_varlen_is_called_by_flash_attentions_arguments(monkeypatch: pytes
 def test_the_kernel_is_chosen_by_device_dtype_and_request(monkeypatch: pytest.MonkeyPatch) -> None:
     flash = SimpleNamespace(flash_attn_varlen_func=reference_varlen)
     monkeypatch.setattr(attention, "require", lambda module, extra: flash)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda: True)
     sdpa, fa2 = PACKED["sdpa"], PACKED["flash_attention_2"]
     assert choose_kernel(sdpa, "cpu", torch.bfloat16, 0) is grouped_attention
     assert choose_kernel(sdpa, "cuda", torch.float32, 0) is grouped_attention
     assert choose_kernel(sdpa, "cuda", torch.bfloat16, 0.1) is grouped_attention
     assert choose_kernel(sdpa, "cuda", torch.bfloat16, 0).keywords == {"kernel": torch_varlen}
     assert choose_kernel(fa2, "cuda", torch.float16, 0.1).keywords == {"kernel": reference_varlen}
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda: False)
+    assert choose_kernel(sdpa, "cuda", torch.bfloat16, 0) is grouped_attention
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda: True)
     monkeypatch.setattr(attention, "varlen_attn", None)
     assert choose_kernel(sdpa, "cuda", torch.bfloat16, 0) is grouped_attention
 

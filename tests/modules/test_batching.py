@@ -181,7 +181,7 @@ def test_halving_always_splits(rows: list[PlannedRow], budget: Load) -> None:
 
 
 def test_default_budgets() -> None:
-    assert batch_budget("cpu", 32, None, None) == Load(32, 2048, 8192)
+    assert batch_budget("cpu", 32, None, None) == Load(32, 1024, 4096)
     assert batch_budget("cuda", 8, None, None) == Load(8, 16384, 65536)
     assert batch_budget("cpu", 32, 100, None) == Load(32, 100, 400)
     assert batch_budget("cpu", 32, 100, 7) == Load(32, 100, 7)

@@ -407,3 +407,13 @@ def test_compiled_models_give_the_same(model: ViPyloQwen, picture: Picture, pack
     expected = embed(model, inputs).detach()
     model.compile(backend="aot_eager")
     assert (embed(model, inputs) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", {"text_config": "sdpa"}, {"vision_config": "sdpa"}])
+def test_attention_set_anew_is_honoured_without_packing(
+    model: ViPyloQwen, picture: Picture, implementation: Any
+) -> None:
+    inputs: list[Any] = ["xin chào", "hóa đơn số 12 của khách hàng", {"image": picture(56), "text": "màu gì?"}]
+    expected = model.encode(inputs)
+    model[0].model.set_attn_implementation(implementation)
+    assert abs(model.encode(inputs) - expected).max() <= 1e-5
