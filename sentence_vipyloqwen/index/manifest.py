@@ -3,7 +3,7 @@
 ```
 folder/index.json            format, model, shards, sizes and checksums; replaced in one step, so it is old or new
 folder/shards/NAME.parquet   id, text, image, metadata (JSON), vector: the durable truth, readable by any tool
-folder/shards/NAME.faiss     the same vectors as FAISS maps them into memory; made anew from the Parquet file at need
+folder/vectors/NAME.faiss    the same vectors as FAISS maps them into memory; made anew from the Parquet file at need
 folder/deleted/NAME.parquet  ids and rows that were removed
 folder/search/NAME.faiss     an approximate index over the first shards, where the kind has one; made anew at need
 folder/images/               images that came as pixels, arrays, data URIs or pages, as PNG named by their content
@@ -30,7 +30,7 @@ FORMAT = "sentence-vipyloqwen-index"
 FORMAT_VERSION = 2
 METRIC = "cosine"
 MANIFEST_FILE = "index.json"
-_FILE = re.compile(r"(shards|deleted|search)/[0-9a-f]{32}\.(parquet|faiss)")
+_FILE = re.compile(r"(shards|vectors|deleted|search)/[0-9a-f]{32}\.(parquet|faiss)")
 """A name that leads out of the folder is no name of ours: files of it would be read, and deleted, elsewhere."""
 
 REBUILD = "Build the index again with overwrite=True; vectors in whole shards are used again"
@@ -56,7 +56,7 @@ class Shard:
     @property
     def vectors(self) -> str:
         """Its FAISS file, relative to the index."""
-        return f"shards/{self.name}.faiss"
+        return f"vectors/{self.name}.faiss"
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,10 @@ def write_shard(folder: Path, name: str, content: ShardContent) -> Shard:
         content: What it holds.
     """
     shard = Shard(name, len(content.items))
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
     write_vectors(folder / shard.vectors, content.vectors)
     facts = {"vectors": _digest(content.vectors), "skipped": [vars(skipped) for skipped in content.skipped]}
     table = to_table(content.items, content.vectors).replace_schema_metadata({_KEY: json.dumps(facts)})
+    (folder / shard.table).parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder / shard.table) as draft:
         pq.write_table(table, draft, compression=_COMPRESSION, use_dictionary=False)
     return shard
@@ -132,6 +132,7 @@ def write_vectors(path: Path, vectors: np.ndarray) -> None:
     """Write vectors as FAISS maps them into memory."""
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
         faiss.write_index(index, str(draft))
 

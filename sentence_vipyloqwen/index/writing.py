@@ -38,7 +38,7 @@ JOINED_ROWS = 65_536
 STALE_SHARE = 0.25
 """An approximate index is made anew when this share of its rows stands behind it, where every vector is compared."""
 
-_FOLDERS = ("shards", "deleted", "search", IMAGES_FOLDER)
+_FOLDERS = ("shards", "vectors", "deleted", "search", IMAGES_FOLDER)
 
 
 @contextmanager

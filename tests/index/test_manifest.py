@@ -7,8 +7,10 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import dataset
 
 from sentence_vipyloqwen.index import VectorIndex
 from sentence_vipyloqwen.index.files import measure
@@ -30,12 +32,12 @@ def folder(model, tmp_path) -> Path:
 
 
 def the_shard(folder: Path, suffix: str = ".parquet") -> Path:
-    (path,) = (folder / "shards").glob(f"*{suffix}")
+    (path,) = (folder / ("vectors" if suffix == ".faiss" else "shards")).iterdir()
     return path
 
 
 def test_files_are_those_of_the_description(model, folder):
-    assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["index.json", "shards"]
+    assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["index.json", "shards", "vectors"]
     manifest = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     assert manifest["format"] == "sentence-vipyloqwen-index"
     assert manifest["format_version"] == 2
@@ -48,6 +50,14 @@ def test_files_are_those_of_the_description(model, folder):
     np.testing.assert_allclose(row["vector"], expected, atol=1e-6)
 
 
+def test_other_tools_read_the_folder_of_shards(model, tmp_path):
+    items = [{"id": f"{n:02}", "text": f"mục {n}"} for n in range(9)]
+    index = VectorIndex.build(model, items, tmp_path / "index", shard_rows=4)
+    table = dataset.dataset(index.folder / "shards", format="parquet").to_table(filter=pc.field("id") > "05")
+    assert sorted(table["id"].to_pylist()) == ["06", "07", "08"]
+    assert table.schema.field("vector").type.list_size == 32
+
+
 # --- an existing folder -----------------------------------------------------------------------------------------------
 
 
@@ -58,7 +68,8 @@ def test_an_index_is_replaced_only_when_asked(model, folder, tmp_path):
     VectorIndex.build(model, NEW, folder, overwrite=True)
     assert ids(folder, model) == ["new", "more"]
     assert os.listdir(tmp_path) == ["index"]
-    assert len(list((folder / "shards").iterdir())) == 2  # nothing of the old one is left
+    for part in ("shards", "vectors"):
+        assert len(list((folder / part).iterdir())) == 1  # nothing of the old one is left
 
 
 def test_a_folder_that_is_no_index_is_never_replaced(model, tmp_path):
