@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen, cli
 from sentence_vipyloqwen.train.recipe import Recipe
@@ -108,6 +109,23 @@ def test_validate_names_each_bad_line_and_writes_the_good_ones(
     assert "2 good, 2 bad" in told
     assert (tmp_path / "good.jsonl").read_text().splitlines() == [lines[0], lines[3]]
     assert run(monkeypatch, "validate", tmp_path / "good.jsonl") == 0
+
+
+def test_a_folder_is_indexed_and_what_is_left_out_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    files, report = tmp_path / "files", tmp_path / "left-out.jsonl"
+    files.mkdir()
+    Image.new("RGB", (400, 200), "white").save(files / "a.pdf", resolution=100)  # 4 x 2 inches
+    (files / "b.docx").write_bytes(b"PK")
+    build = ["index", "build", folder, files, tmp_path / "index", "--dpi", 30, "--device", "cpu"]
+    assert run(monkeypatch, *build) == 1
+    assert f"{files / 'b.docx'}: the kind of file '.docx' is not read" in capsys.readouterr().err
+    assert run(monkeypatch, *build, "--on-error", "skip", "--write-report", report) == 0
+    assert [json.loads(line)["where"] for line in report.read_text().splitlines()] == [str(files / "b.docx")]
+    (item,) = VectorIndex.load(tmp_path / "index", ViPyloQwen(folder, device="cpu")).items
+    assert item["id"] == "a.pdf#page=1"
+    assert Image.open(item["image"][0]).size == (120, 60)
 
 
 def test_an_index_is_built_looked_at_and_searched(
