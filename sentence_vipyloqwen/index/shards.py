@@ -143,15 +143,24 @@ def map_vectors(path: Path, shard: Shard, dim: int) -> faiss.IndexFlat:
     Raises:
         ValueError: If the file does not hold the shard's vectors.
     """
-    try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    index = map_index(path)
     if (index.ntotal, index.d) != (shard.rows, dim):
         raise ValueError(
             f"{path} holds {index.ntotal} vectors of {index.d} dimensions; expected are {shard.rows} of {dim}"
         )
     return index
+
+
+def map_index(path: Path) -> faiss.Index:
+    """Map a FAISS index into memory.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _digest(vectors: np.ndarray) -> str:

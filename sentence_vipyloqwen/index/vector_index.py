@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -23,11 +22,11 @@ from sentence_vipyloqwen.index.fingerprint import fingerprint
 from sentence_vipyloqwen.index.items import Source, query_input, with_absolute_images
 from sentence_vipyloqwen.index.manifest import REBUILD, Manifest, check_files, read_manifest
 from sentence_vipyloqwen.index.nearest import Candidates, NearestRows
-from sentence_vipyloqwen.index.shards import Skipped, items_of, map_vectors, read_items
+from sentence_vipyloqwen.index.shards import Skipped, items_of, map_index, map_vectors, read_items
 
 Query: TypeAlias = str | Path | Image.Image | np.ndarray | Mapping[str, Any]
 
-READ_ATTEMPTS = 5
+READ_ATTEMPTS = 50
 """A reader whose files a writer has just dropped reads ``index.json`` again, so many times."""
 
 
@@ -388,8 +387,7 @@ class VectorIndex:
         parts = [map_vectors(self.folder / shard.vectors, shard, manifest.dim) for shard in manifest.shards]
         approximate, factory = None, ""
         if manifest.approximate:
-            path, factory = str(self.folder / manifest.approximate.file), manifest.approximate.factory
-            approximate = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+            approximate, factory = map_index(self.folder / manifest.approximate.file), manifest.approximate.factory
         deleted = writing.deleted_rows(self.folder, manifest)
         self._manifest = manifest
         self._items = read_items(self.folder, manifest.shards)
