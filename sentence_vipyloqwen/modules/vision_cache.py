@@ -104,6 +104,9 @@ class VisionCache:
         """How many images it holds."""
         return self._environment.stat()["entries"]
 
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a model has no cache: the files are open once."""
+
     def close(self) -> None:
         """Let go of the files; a process may open them once at a time."""
         self._environment.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,11 @@ def test_encode_takes_from_it_too(frozen: ViPyloQwen, cache: VisionCache, column
     for _ in range(2):
         assert abs(frozen.encode(columns[0]) - expected).max() <= 1e-6
     assert len(cache) == 3
+
+
+def test_a_copy_of_the_model_has_none(frozen: ViPyloQwen, cache: VisionCache) -> None:
+    frozen[0].vision_cache = cache
+    assert copy.deepcopy(frozen)[0].vision_cache is None
 
 
 def test_another_tower_has_another_folder(frozen: ViPyloQwen, cache: VisionCache, tmp_path: Path) -> None:
