@@ -338,7 +338,8 @@ def test_patience_is_not_renewed_by_a_kill(
         "sentence_vipyloqwen.train.evaluation.TasksEvaluator.__call__",
         lambda self, *args, **kwargs: {"tasks_mean": next(values)},
     )
-    settings = recipe(eval=str(data / "train.jsonl"), max_steps=9, eval_steps=1, best_metric="mean", patience=2)
+    given = {"eval": str(data / "train.jsonl"), "eval_steps": 1, "best_metric": "mean", "patience": 2}
+    settings = recipe(**given, max_steps=9, save_steps=0)  # a checkpoint at each evaluation
     step = SentenceTransformerTrainer.training_step
 
     def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
