@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
-from torch import Tensor
+from torch import Tensor, nn
 
 from sentence_vipyloqwen.losses.prefix_routed import PrefixRoutedLoss
 from sentence_vipyloqwen.losses.ranks import missing_forwards
 from sentence_vipyloqwen.losses.rows import BatchRows, select_rows
 from sentence_vipyloqwen.losses.terms import LossTerms
 from sentence_vipyloqwen.modules.batching import PATCHES_PER_TOKEN, Load, PlannedImage, PlannedRow, plan_batches
-from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX
+from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX, ImageName, OpenedOnce
+from sentence_vipyloqwen.modules.encoding import prepared_ahead, prepared_in_turn
+from sentence_vipyloqwen.modules.qwen2_vl import Qwen2VLTransformer
 
 MINI_BATCH_SIZE = 32
 
@@ -32,6 +36,11 @@ class CachedPrefixRoutedLoss(PrefixRoutedLoss):
     It costs a forward pass more. Tasks, content keys and scores are read off the whole batch, once. Which rows form a
     mini-batch is free, so the longest run first, and rows that share images run together, where these are computed
     once; only a group that exceeds a mini-batch is split.
+
+    Images that :attr:`Qwen2VLTransformer.lazy_images` left closed are opened and cut once a step, on an accelerator by
+    a thread that opens those of the next mini-batch while the model runs one. Their bytes wait in a temporary file for
+    the backward pass, so that memory holds those of two mini-batches. With a vision cache, which keeps what the tower
+    made of them, the model opens those alone that it lacks.
 
     Args:
         model: The model to train.
@@ -164,6 +173,7 @@ class _Pass(CachedLossMixin):
     def __init__(self, loss: CachedPrefixRoutedLoss, columns: Sequence[_Column], idle: Sequence[_Column]) -> None:
         self.loss, self.model = loss, loss.model
         self.columns, self.idle = columns, idle
+        self.images = _closed_images(loss.model, columns)
 
     def run(self, rows: BatchRows) -> LossTerms:
         batch = _Batch(rows, [column.places for column in self.columns])
@@ -180,6 +190,32 @@ class _Pass(CachedLossMixin):
         self.values = self.loss.calculate_loss(reps, labels, with_backward=with_backward)
         return self.values.sum()
 
+    def embed_minibatch_iter(
+        self, sentence_feature: dict[str, Any], *, ranges: Sequence[tuple[int, int]], **options: Any
+    ) -> Iterator[tuple[Tensor, RandContext | None]]:
+        column: _Column = sentence_feature["column"]
+        with closing(self._parts(column, [column.mini_batches[begin] for begin, _ in ranges])) as parts:
+            yield from super().embed_minibatch_iter({**sentence_feature, "parts": parts}, ranges=ranges, **options)
+
+    def _parts(self, column: _Column, mini_batches: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
+        """The features of each mini-batch, with the images of its rows, as far as it is ours to open them."""
+        if self.images is None or CLOSED_IMAGES not in column.features:
+            yield from (select_rows(column.features, rows) for rows in mini_batches)
+            return
+        images, closed = self.images, column.features[CLOSED_IMAGES]
+        prepared = prepared_ahead if runs_beside(column.features["input_ids"].device) else prepared_in_turn
+        places = column.features[ROW_INDEX].cpu()
+
+        def patches(rows: Sequence[int]) -> dict[ImageName, Tensor]:
+            return images.patches(closed.at(places[list(rows)]))
+
+        def features(pair: tuple[Sequence[int], Future[dict[ImageName, Tensor]]]) -> dict[str, Any]:
+            rows, opened = pair
+            return {**select_rows(column.features, rows), CLOSED_IMAGES: replace(closed, opened=opened.result())}
+
+        with closing(prepared(patches, mini_batches)) as pairs:
+            yield from map(features, pairs)  # a loop would hold one mini-batch's patches while the next are opened
+
     def embed_minibatch(
         self,
         sentence_feature: dict[str, Any],
@@ -189,10 +225,22 @@ class _Pass(CachedLossMixin):
         copy_random_state: bool,
         random_state: RandContext | None = None,
     ) -> tuple[Tensor, RandContext | None]:
-        column: _Column = sentence_feature["column"]
-        rows = column.mini_batches[begin]
-        features = select_rows(column.features, rows)
-        return super().embed_minibatch(features, 0, len(rows), with_grad, copy_random_state, random_state)
+        features = next(sentence_feature["parts"])
+        rows = len(features["input_ids"])
+        return super().embed_minibatch(features, 0, rows, with_grad, copy_random_state, random_state)
+
+
+def runs_beside(device: torch.device) -> bool:
+    """Whether a model on this device leaves the processor's cores to a thread that opens images."""
+    return device.type != "cpu"
+
+
+def _closed_images(model: nn.Module, columns: Iterable[_Column]) -> OpenedOnce | None:
+    """What opens a step's closed images once; ``None`` without any, or where a vision cache says which to open."""
+    if not any(CLOSED_IMAGES in column.features for column in columns):
+        return None
+    transformer = next(module for module in model.modules() if isinstance(module, Qwen2VLTransformer))
+    return OpenedOnce(transformer.cut_closed) if transformer.vision_cache is None else None
 
 
 def _planned_rows(features: Mapping[str, Any]) -> list[PlannedRow]:

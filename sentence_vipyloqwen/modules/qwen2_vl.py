@@ -74,8 +74,8 @@ class Qwen2VLTransformer(InputModule):
             faster but not exact: see :func:`~sentence_vipyloqwen.modules.images.open_image`. ``False`` by default.
         lazy_images: Whether :meth:`preprocess` leaves images closed and :meth:`forward` opens them, so that a loss that
             runs a batch by mini-batches holds the pixels of one alone. They are then opened in the training process,
-            twice under gradient caching, and one that cannot be decoded is found in the step. ``False`` by default:
-            patches are bytes, and data loader workers cut them ahead.
+            and one that cannot be decoded is found in the step. ``False`` by default: patches are bytes, and data
+            loader workers cut them ahead.
         vision_cache: Where the output of a frozen vision tower is kept, for packed batches; with :attr:`lazy_images` an
             image that it holds is not even opened. ``None`` by default.
         packed: Whether batches are packed, which changes no value: by default with every attention that can. Under
@@ -275,13 +275,30 @@ class Qwen2VLTransformer(InputModule):
 
     def _opened(self, features: Mapping[str, Any], images: Sequence[int]) -> Tensor:
         """The patches of some closed images, by their places among those of all rows."""
-        rows = features[CLOSED_IMAGES].at(features[ROW_INDEX])
+        closed: ClosedImages = features[CLOSED_IMAGES]
+        rows = closed.at(features[ROW_INDEX])
         shown = [(row, position) for row in rows for position in range(len(row.sources))]
         parts = []
         for row, position in (shown[image] for image in images):
-            with _named(row, position):
-                parts.append(self._cut(row.sources[position], row.grids[position]).patches)
+            known = closed.opened.get(row.name(position))
+            parts.append(self.cut_closed(row, position) if known is None else known)
         return torch.cat(parts).to(features["input_ids"].device)
+
+    def cut_closed(self, row: RowImages, position: int) -> Tensor:
+        """Open a closed image, resize it and cut it.
+
+        Args:
+            row: The images of its row.
+            position: Its place among them.
+
+        Returns:
+            (P, 588) uint8.
+
+        Raises:
+            ValueError: If it cannot be decoded; the message names its input and position.
+        """
+        with _named(row, position):
+            return self._cut(row.sources[position], row.grids[position]).patches
 
     def _open(self, rows: Sequence[RowImages], cache: ImagePatchCache) -> list[list[CutImage]]:
         images = _of_images(rows, lambda source, grid: cache.get(source) or self._cut(source, grid))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +18,10 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor, nn
 
 from sentence_vipyloqwen import CachedPrefixRoutedLoss, PrefixRoutedLoss, ViPyloQwen
-from sentence_vipyloqwen.modules import qwen2_vl
-from sentence_vipyloqwen.modules.closed_images import closed_key
+from sentence_vipyloqwen.losses import cached_prefix_routed
+from sentence_vipyloqwen.modules import qwen2_vl, spool
+from sentence_vipyloqwen.modules.closed_images import OpenedOnce, closed_key
+from sentence_vipyloqwen.modules.vision_cache import VisionCache
 
 Picture = Callable[..., Image.Image]
 PAGES = 6
@@ -96,6 +99,27 @@ class Alive:
         self.now -= 1
 
 
+class Held:
+    """Counts the patches that are handed to the model and still in memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = 0
+        patches = OpenedOnce.patches
+
+        def counted(*args: Any) -> Any:
+            found = patches(*args)
+            for of_image in found.values():
+                weakref.finalize(of_image.untyped_storage(), self._gone)
+            self.now += len(found)
+            self.most = max(self.most, self.now)
+            return found
+
+        monkeypatch.setattr(OpenedOnce, "patches", counted)
+
+    def _gone(self) -> None:
+        self.now -= 1
+
+
 def test_only_the_images_of_a_mini_batch_are_open_at_once(
     model: ViPyloQwen, pages: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,9 +137,80 @@ def test_only_the_images_of_a_mini_batch_are_open_at_once(
     terms = loss(features)
     assert (alive.most, alive.opened) == (1, PAGES)  # rows that share an image run together
     torch.stack(list(terms.values())).sum().backward()
-    assert (alive.most, alive.opened) == (1, 2 * PAGES)
+    assert (alive.most, alive.opened) == (1, PAGES)  # the backward pass reads what the forward kept
     assert alive.now == 0
     assert "pixel_values" not in features[0]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["thread", "in turn"])
+@pytest.mark.parametrize("spool_bytes", [10**8, 1], ids=["memory", "disk"])
+def test_each_image_is_opened_once_a_step_and_few_are_held(
+    model: ViPyloQwen, columns: list[list[Any]], monkeypatch: pytest.MonkeyPatch, beside: bool, spool_bytes: int
+) -> None:
+    """Also one that stands in several columns and mini-batches; loss and gradients are those of opened images."""
+    columns = [*columns, [{"image": row["image"][:1]} if "image" in row else "" for row in columns[0]]]
+    columns[2][-1] = "no image"
+    loss = CachedPrefixRoutedLoss(model, mini_batch_size=2)
+    expected = step(loss, columns)
+
+    monkeypatch.setattr(cached_prefix_routed, "runs_beside", lambda device: beside)
+    monkeypatch.setattr(spool, "SPOOL_BYTES", spool_bytes)
+    held = Held(monkeypatch)
+    model[0].lazy_images = True
+    alive, threads = Alive(monkeypatch), threading.active_count()
+    assert_equal_steps(step(loss, columns), expected)
+    assert alive.opened == PAGES
+    assert held.now == alive.now == 0
+    assert held.most <= 3 * (2 if beside else 1)  # a row of two pages and another: three pages in a mini-batch
+    assert threading.active_count() == threads
+
+
+def test_the_next_images_are_opened_while_the_model_runs(
+    model: ViPyloQwen, pages: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first mini-batch ends only once the page of the second is open; by a loss that waited, never."""
+    monkeypatch.setattr(cached_prefix_routed, "runs_beside", lambda device: True)
+    opened, second = threading.Semaphore(0), []
+    cut = qwen2_vl.cut
+
+    def counted(*args: Any) -> Tensor:
+        opened.release()
+        return cut(*args)
+
+    def wait(*_: Any) -> None:
+        if not second:
+            second.append(all(opened.acquire(timeout=60) for _ in range(2)))
+
+    monkeypatch.setattr(qwen2_vl, "cut", counted)
+    model[0].lazy_images = True
+    features = [model.preprocess([{"image": [page], "text": "<ocr> a"} for page in pages]), model.preprocess(pages)]
+    with model.register_forward_pre_hook(wait):
+        CachedPrefixRoutedLoss(model, mini_batch_size=1)(features)
+    assert second == [True]
+
+
+def test_a_broken_image_is_named_whichever_thread_opens_it(
+    model: ViPyloQwen, pages: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cached_prefix_routed, "runs_beside", lambda device: True)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(pages[0]).read_bytes()[:200])
+    model[0].lazy_images = True
+    anchors = [{"image": [page]} for page in (*pages[:3], str(broken))]
+    with pytest.raises(ValueError, match="Input 3, image 0: cannot decode the image .*broken.png"):
+        step(CachedPrefixRoutedLoss(model, mini_batch_size=1), [anchors, list("abcd")])
+
+
+def test_a_vision_cache_says_what_is_opened(
+    model: ViPyloQwen, columns: list[list[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    alive = Alive(monkeypatch)
+    model[0].lazy_images = True
+    tower = model[0].model.visual.requires_grad_(False)
+    model[0].vision_cache = VisionCache.of(tower, model[0].image_processor, tmp_path)
+    for _ in range(2):
+        step(CachedPrefixRoutedLoss(model, mini_batch_size=2), columns)
+    assert alive.opened == PAGES
 
 
 def test_keys_are_those_of_content(pages: list[str], tmp_path: Path, picture: Picture) -> None:
