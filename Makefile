@@ -18,9 +18,10 @@ check: .venv/installed  ## Style: ruff's lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/installed  ## Ratios against stock sentence-transformers, written to benchmarks/results.md
+bench: .venv/installed  ## Ratios against stock sentence-transformers, memory of gradient caching, written to benchmarks/results.md
 	$(BIN)/python benchmarks/encode_vs_stock.py --output benchmarks/results.md
 	$(BIN)/python benchmarks/train_vs_stock.py --output benchmarks/results.md
+	$(BIN)/python benchmarks/gradcache_memory.py --output benchmarks/results.md
 
 clean:
 	rm -rf .venv build dist *.egg-info $(OUTPUT)
@@ -31,5 +32,5 @@ clean:
 	touch $@
 
 .venv/installed-integration: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,integration]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,benchmarks,integration]'
 	touch $@

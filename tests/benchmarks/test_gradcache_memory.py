@@ -16,10 +16,20 @@ TINY = ["--hidden-size", "64", "--layers", "1", "--vision-size", "32", "--vision
 
 def test_every_size_is_measured_and_the_loss_is_one(tmp_path: Path) -> None:
     arguments = [*TINY, "--rows", "4", "--rounds", "1", "--corpus", "text", "--mini-batch", "1", "--tokens", "64"]
-    lines = gradcache_memory.run(tmp_path, gradcache_memory.parser().parse_args(arguments))
+    output = tmp_path / "results.md"
+    options = gradcache_memory.parser().parse_args([*arguments, "--output", str(output)])
+    lines = gradcache_memory.run(tmp_path, options)
     assert [line[:3] for line in lines] == [["text", 2, "uncached"], ["text", 2, "1 rows"], ["text", 2, "64 tokens"]]
     assert {len(line) for line in lines} == {len(gradcache_memory.COLUMNS)}
     assert len({line[-1] for line in lines}) == 1
+    written = output.read_text(encoding="utf-8")
+    assert "## Gradient caching: memory by mini-batch" in written
+    assert all(f"| {' | '.join(map(str, line))} |" in written for line in (gradcache_memory.COLUMNS, *lines))
+
+
+def test_make_bench_writes_its_table() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    assert "python benchmarks/gradcache_memory.py --output benchmarks/results.md" in makefile
 
 
 def test_smaller_mini_batches_take_less_memory(model: ViPyloQwen) -> None:
