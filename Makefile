@@ -11,7 +11,7 @@ demo: .venv/installed  ## The whole job on a tiny model, about 15 minutes on two
 test: .venv/installed check  ## Style and every test
 	$(BIN)/python -m pytest -n auto
 
-test-integration: .venv/installed-integration  ## Tests in a browser; needs Debian's chromium and chromium-driver
+test-integration: .venv/installed-integration  ## Tests in a browser and beside other tools: CONTRIBUTING.md
 	$(BIN)/python -m pytest -n 0 tests/integration
 
 check: .venv/installed  ## Style: ruff's lint and format

@@ -14,6 +14,8 @@ are drawn as the vectors are. The shards are written as `VectorIndex.build` writ
 Examples:
   python benchmarks/index.py --rows 100000
   python benchmarks/index.py --rows 1000000 --kind Flat IVF,SQ8 --output benchmarks/index.md
+
+usearch comes with the `benchmarks` extra.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -32,6 +35,7 @@ import faiss
 import measure
 import numpy as np
 
+from sentence_vipyloqwen.extras import require
 from sentence_vipyloqwen.index import Fingerprint, kinds, writing
 from sentence_vipyloqwen.index import vector_index as module
 from sentence_vipyloqwen.index.manifest import Manifest, Shard, read_manifest
@@ -105,6 +109,7 @@ def main() -> None:
         f"noise {options.noise}; {QUERIES} queries, k = {K}; batches of {BATCH}",
         "- over FAISS: the same kind of index, alone, on the same vectors; its batch is without items and without "
         "comparing candidates exactly",
+        f"- FAISS {version('faiss-cpu')}" + (f", usearch {version(PEER)}" if PEER in options.kind else ""),
         common.machine(options),
     ]
     body = "\n\n".join([common.table(COLUMNS, lines), "\n".join(notes)])
@@ -210,6 +215,7 @@ def beside_peer(
     folder: Path, manifest: Manifest, name: str, queries: np.ndarray, exact: np.ndarray, rounds: int
 ) -> list[Any]:
     """The graph of usearch over the same vectors, with the connectivity of our HNSW."""
+    require("usearch", "benchmarks")
     from usearch.index import Index
 
     parts = [map_vectors(folder / shard.vectors, shard, manifest.dim) for shard in manifest.shards]

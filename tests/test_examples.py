@@ -31,6 +31,8 @@ TESTED = (
     "document_intelligence.py",
     "refine_image_search.py",
 )
+IN_INTEGRATION = ("encode_with_ray.py", "export_to_qdrant.py")
+"""They need heavy packages: tests/integration/test_ecosystem.py runs them."""
 
 Run = Callable[[str], str]
 
@@ -47,11 +49,13 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     return run_example
 
 
-def test_every_example_is_tested_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(TESTED)
+def test_every_example_is_tested() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*TESTED, *IN_INTEGRATION}
+    elsewhere = (Path(__file__).parent / "integration" / "test_ecosystem.py").read_text(encoding="utf-8")
+    assert all(f'run("{name}"' in elsewhere for name in IN_INTEGRATION)
 
 
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize("name", [*TESTED, *IN_INTEGRATION])
 def test_an_example_tells_how_it_is_run(name: str) -> None:
     told = ast.get_docstring(ast.parse((EXAMPLES / name).read_text(encoding="utf-8")))
     assert told is not None
