@@ -196,16 +196,13 @@ def make_arguments(recipe: Recipe, output: Path, device: str | None) -> Sentence
 
 
 def _samplers(recipe: Recipe) -> dict[str, Any]:
-    """Sentence Transformers' samplers where they do; negatives of all ranks are of the same task with ours alone."""
-    samplers: dict[str, Any] = {"multi_dataset_batch_sampler": recipe.sampling}
-    by_size = recipe.sampling == PROPORTIONAL and not recipe.mixed_batches
-    mixed = recipe.mixes_tasks or (recipe.gather_negatives and by_size)
-    if mixed or recipe.group_images or recipe.no_duplicates:
-        samplers["batch_sampler"] = grouped_batch_sampler(recipe.group_images, recipe.no_duplicates)
-    if mixed:
-        mix = task_mix_sampler(recipe.mix or None, recipe.mix_temperature, recipe.phases())
-        samplers["multi_dataset_batch_sampler"] = mix
-    return samplers
+    """This package's samplers of rows, which go on anywhere on any number of ranks; round robin deals their batches."""
+    mixes = recipe.sampling == PROPORTIONAL
+    mix = task_mix_sampler(recipe.mix or None, recipe.mix_temperature, recipe.phases()) if mixes else recipe.sampling
+    return {
+        "batch_sampler": grouped_batch_sampler(recipe.group_images, recipe.no_duplicates),
+        "multi_dataset_batch_sampler": mix,
+    }
 
 
 def trainer_class(recipe: Recipe, arguments: SentenceTransformerTrainingArguments) -> type[SentenceTransformerTrainer]:

@@ -454,5 +454,5 @@ class SamplingCallback(TrainerCallback):
             sampler = sampler.batch_sampler
         if isinstance(sampler, TaskMixBatchSampler):
             sampler.set_run(state.max_steps, args.gradient_accumulation_steps)
-        if isinstance(sampler, (TaskMixBatchSampler, SplitBatchSampler)):
+        if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(state.global_step // _steps_in_epoch(len(loader), args.gradient_accumulation_steps))

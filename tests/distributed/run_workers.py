@@ -85,4 +85,5 @@ def settings_of(base: Path, data: Path, output: Path) -> dict[str, Any]:
         "logging_steps": 1,
         "learning_rate": 1e-3,
         "gather_negatives": True,
+        "report_to": "none",
     }
