@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from sentence_transformers.util import all_gather, all_gather_with_grad
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor
 from torch.nn import functional as F
 
-from sentence_vipyloqwen.losses.ranks import of_all_ranks, rank_and_count
+from sentence_vipyloqwen.losses.ranks import of_all_ranks
 from sentence_vipyloqwen.losses.rows import BatchRows
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Layout:
         if not gather:
             return cls((size,), 0)
         sizes = of_all_ranks(torch.tensor(size, device=columns[0].device))
-        return cls(tuple((rows, count) for rows, count in sizes.tolist()), rank_and_count()[0])
+        return cls(tuple((rows, count) for rows, count in sizes.tolist()), get_rank())
 
     @property
     def own(self) -> slice:

@@ -6,21 +6,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from sentence_transformers.util import all_gather, get_rank, get_world_size, is_dist_initialized
+from sentence_transformers.util import all_gather, get_world_size
 from torch import Tensor
 from torch import distributed as dist
 
 Result = TypeVar("Result")
 
 
-def rank_and_count() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) for a process by itself."""
-    return (get_rank(), get_world_size()) if is_dist_initialized() else (0, 1)
-
-
 def of_all_ranks(values: Tensor) -> Tensor:
     """(ranks, ...) the tensors of all ranks, which are of one shape and dtype; no gradients."""
-    return all_gather(values[None]) if rank_and_count()[1] > 1 else values[None]
+    return all_gather(values[None]) if get_world_size() > 1 else values[None]
 
 
 def missing_forwards(own: int, device: torch.device) -> int:
@@ -61,7 +56,7 @@ def raise_together(work: Callable[[], Result], device: torch.device) -> Result:
 
 
 def _error_of(own: ValueError | None) -> ValueError:
-    messages: list[str | None] = [str(own) if own else None] * rank_and_count()[1]
+    messages: list[str | None] = [str(own) if own else None] * get_world_size()
     if len(messages) > 1:
         dist.all_gather_object(messages, messages[0])
     others = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message]

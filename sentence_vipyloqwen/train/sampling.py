@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers.base.sampler import MultiDatasetDefaultBatchSampler
+from sentence_transformers.util import get_world_size
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -213,7 +214,7 @@ class TaskMixBatchSampler(MultiDatasetDefaultBatchSampler):
                     f"batch_sampler: got {type(sampler).__name__}; allowed: grouped_batch_sampler(...), "
                     "which can go on anywhere in a cycle"
                 )
-        self._batches_per_turn = _world_size() if same_task_across_ranks else 1
+        self._batches_per_turn = get_world_size() if same_task_across_ranks else 1
         self._batches = np.array([len(sampler) for sampler in batch_samplers])
         if self._turns == 0:
             raise ValueError(
@@ -284,14 +285,9 @@ class TaskMixBatchSampler(MultiDatasetDefaultBatchSampler):
                 "callbacks=[SamplingCallback()]"
             )
         max_steps, accumulation = self._steps
-        ranks = _world_size()
+        ranks = get_world_size()
         epoch, step = divmod(round(share_of_run * max_steps), _steps_in_epoch(len(self) // ranks, accumulation))
         return epoch * self._turns + step * accumulation * ranks // self._batches_per_turn
-
-
-def _world_size() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
 
 
 def _steps_in_epoch(batches: int, accumulation: int) -> int:

@@ -328,7 +328,7 @@ def test_a_split_goes_on_where_the_epoch_before_stopped(
     splits: DatasetDict, options: dict[str, Any], ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over any epochs and phases, a row has been drawn as often as every other of its split, or once more."""
-    monkeypatch.setattr(sampling, "_world_size", lambda: ranks)
+    monkeypatch.setattr(sampling, "get_world_size", lambda: ranks)
     sampler = mix_sampler(splits, **options)
     sampler.set_run(6 * len(sampler) // ranks, 1)
     starts = np.cumsum([0, *SIZES.values()])
@@ -381,7 +381,7 @@ def test_a_resumed_epoch_is_the_tail_of_the_whole(splits: DatasetDict) -> None:
 
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_world_size", lambda: 2)
+    monkeypatch.setattr(sampling, "get_world_size", lambda: 2)
 
 
 def shards(make: Callable[[], TaskMixBatchSampler], epoch: int) -> list[list[list[int]]]:
