@@ -6,6 +6,7 @@ No trainer is overridden for it: a hook on the loss sees the features of every b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,12 @@ class BatchWatch:
         self._columns = [dict(features) for features in arguments[0]]
 
     def _after(self, module: nn.Module, arguments: tuple[Any, ...], loss: Any) -> None:
+        columns, self._columns = self._columns, []
         if not torch.is_grad_enabled():
             return
         terms = loss if isinstance(loss, Mapping) else {"loss": loss}
         detached = {name: value.detach() for name, value in terms.items()}
-        self.batches.append(SeenBatch(self._columns, (*arguments, None)[1], detached))
+        self.batches.append(SeenBatch(columns, (*arguments, None)[1], detached))
 
     def forget(self) -> None:
         """Let go of the batches."""
@@ -144,9 +146,8 @@ def gradients_are_finite(model: nn.Module) -> bool:
     """Whether no gradient of a model, of its own shard where it is sharded, holds NaN or infinity."""
     gradients = (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
     local = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
-    # Largest magnitudes, since a sum may overflow; one answer for all, since each asks the accelerator to wait.
-    largest = [part.abs().amax().float() for part in local if part.numel()]
-    return not largest or bool(torch.stack(largest).isfinite().all())
+    # The largest magnitude of all, since a sum may overflow, and each answer asks the accelerator to wait.
+    return bool(nn.utils.get_total_norm([part for part in local if part.numel()], math.inf).isfinite())
 
 
 def save_batch(batch: SeenBatch, folder: Path, tokenizer: Any) -> None:

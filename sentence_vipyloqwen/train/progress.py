@@ -70,12 +70,13 @@ class TrainingProgress(TrainerCallback):
         self.rates.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the step's rows and tokens, and move the bar."""
+        """Count the step's rows and tokens, and move the bar; the rank that writes the log alone does."""
+        if not state.is_world_process_zero:
+            return
         self.rates.count()
         if control.should_evaluate or control.should_save:
             self.rates.pause()
-        if state.is_world_process_zero:
-            self.bar.update(self.row, completed=state.global_step)
+        self.bar.update(self.row, completed=state.global_step)
 
     def on_log(
         self,

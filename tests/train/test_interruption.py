@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ from transformers import TrainerControl
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.losses import PrefixRoutedLoss
 from sentence_vipyloqwen.train import interruption
-from sentence_vipyloqwen.train.batches import NonFiniteStep, gradients_are_finite
-from sentence_vipyloqwen.train.checkpoints import CheckpointKeeper, complete_checkpoints, step_of
+from sentence_vipyloqwen.train.batches import BatchWatch, NonFiniteStep, gradients_are_finite
+from sentence_vipyloqwen.train.checkpoints import CheckpointKeeper, best_of, complete_checkpoints, step_of
 from sentence_vipyloqwen.train.interruption import (
     ProcessLost,
     StopOnSignal,
@@ -276,6 +278,27 @@ def test_a_full_disk_ends_with_what_to_do_and_the_checkpoint_before(
 
 
 def caused(outer: Exception, inner: Exception) -> Exception:
+def test_a_batch_is_let_go_of_when_its_step_is_done() -> None:
+    """Its pixels, too: the next step needs the room."""
+
+    class Sum(nn.Module):
+        def forward(self, columns: Any, labels: Any = None) -> Any:
+            return {"sum": sum(features["pixel_values"].sum() for features in columns)}
+
+    loss = Sum()
+    watch = BatchWatch(loss)
+    for training in (True, False):  # an evaluation keeps nothing at all
+        pixels = torch.ones(2, requires_grad=True)
+        alive = weakref.ref(pixels)
+        with torch.set_grad_enabled(training):
+            loss([{"pixel_values": pixels}])
+        assert len(watch.batches) == training
+        watch.forget()
+        del pixels
+        gc.collect()
+        assert alive() is None
+
+
     outer.__cause__ = inner
     return outer
 

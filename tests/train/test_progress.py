@@ -62,6 +62,15 @@ def test_rates_count_steps_and_leave_evaluations_out(tmp_path: Path) -> None:
     assert "memory_gb" not in log(progress, state, eval_tasks_mean=0.5)
 
 
+def test_a_rank_that_writes_no_log_keeps_no_counts(tmp_path: Path) -> None:
+    progress = TrainingProgress(tmp_path / "log.jsonl", Console(quiet=True), SimpleNamespace(batches=[batch(4, 10)]))
+    state = TrainerState(is_world_process_zero=False, max_steps=9)
+    progress.on_train_begin(None, state, None)
+    progress.on_step_begin(None, state, TrainerControl())
+    progress.on_step_end(None, state, TrainerControl())
+    assert (progress.rates.rows, progress.rates.tokens) == (0, [])
+
+
 def test_trackers_after_it_see_the_rates(tmp_path: Path) -> None:
     watch = SimpleNamespace(batches=[batch(4, 10)])
     progress = TrainingProgress(tmp_path / "log.jsonl", Console(quiet=True), watch)
