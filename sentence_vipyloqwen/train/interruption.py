@@ -46,6 +46,7 @@ class ProcessLost(RuntimeError):
 class StopOnSignal(TrainerCallback):
     """Has a signal end the training after the step under way, with a checkpoint.
 
+    An evaluation that is due there is made first: the best checkpoint and the curves are those of an undisturbed run.
     Signals are heard within :meth:`listening` alone. A second one ends the process at once. Ranks ask each other after
     each step, so that a signal to one of them stops all, at the same step.
 
@@ -95,7 +96,6 @@ class StopOnSignal(TrainerCallback):
         if any_rank(bool(self.received)):
             self.received = self.received or signal.SIGTERM
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
 
 def _outlive_the_step(number: int) -> None:

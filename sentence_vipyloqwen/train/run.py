@@ -89,7 +89,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     ``training.html``; with an adapter also ``adapter/`` and, for a new model, its ``base/``.
 
     Whatever ended a run, the same call goes on from its last complete checkpoint and ends with the same weights.
-    SIGTERM and SIGINT end the run after the step under way, with a checkpoint (an evaluation due there is left out).
+    SIGTERM and SIGINT end the run after the step under way, with a checkpoint, and after the evaluation due there.
 
     Args:
         recipe: The settings.

@@ -34,6 +34,7 @@ from sentence_vipyloqwen.train.interruption import (
     explaining,
     is_disk_full,
 )
+from sentence_vipyloqwen.train.progress import LOG_FILE, read_log
 from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.run import train
 
@@ -89,6 +90,33 @@ def test_a_signal_during_an_evaluation_ends_it_there(recipe: Make, data: Path, m
     assert steps(data) == [2]
 
 
+def test_a_signal_at_an_evaluation_loses_neither_it_nor_the_best_checkpoint(
+    recipe: Make, data: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation of the step in which the signal comes is the best."""
+    values = {2: 0.2, 4: 0.5, 6: 0.4}
+    monkeypatch.setattr(
+        "sentence_vipyloqwen.train.evaluation.TasksEvaluator.__call__",
+        lambda self, model, output_path=None, epoch=-1, steps=-1: {"tasks_mean": values[steps]},
+    )
+    settings = {"eval": str(data / "train.jsonl"), "eval_steps": 2, "best_metric": "mean", "save_steps": 6}
+    whole = train(recipe(**settings, output=str(data / "whole")), device="cpu").model_path
+    with monkeypatch.context() as patch:
+        during_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(TrainingInterrupted, match="Step 4 is saved"):
+            train(recipe(**settings), device="cpu")
+    resumed = train(recipe(**settings), device="cpu").model_path
+    curves, best = [], []
+    for output in (whole.parent, resumed.parent):
+        entries = read_log(output / LOG_FILE)
+        curves.append([(entry["step"], entry["eval_tasks_mean"]) for entry in entries if "eval_tasks_mean" in entry])
+        best.append(best_of(complete_checkpoints(output / "checkpoints")[-1]))
+    assert curves == [sorted(values.items())] * 2
+    assert [path.name for path in best if path] == ["checkpoint-4"] * 2
+    first, second = weights(whole), weights(resumed)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_second_signal_ends_at_once() -> None:
     stop = StopOnSignal()
     with stop.listening():
@@ -102,7 +130,7 @@ def test_another_rank_s_signal_stops_this_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(interruption, "any_rank", lambda flag: True)
     stop, control = StopOnSignal(), TrainerControl(should_evaluate=True)
     stop.on_step_end(None, None, control)
-    assert (control.should_save, control.should_training_stop, control.should_evaluate) == (True, True, False)
+    assert (control.should_save, control.should_training_stop, control.should_evaluate) == (True, True, True)
     assert stop.received == signal.SIGTERM
 
 
@@ -250,6 +278,27 @@ def test_gradients_are_asked_one_by_one(value: float, finite: bool) -> None:
     assert gradients_are_finite(model) is finite
 
 
+def test_a_batch_is_let_go_of_when_its_step_is_done() -> None:
+    """Its pixels, too: the next step needs the room."""
+
+    class Sum(nn.Module):
+        def forward(self, columns: Any, labels: Any = None) -> Any:
+            return {"sum": sum(features["pixel_values"].sum() for features in columns)}
+
+    loss = Sum()
+    watch = BatchWatch(loss)
+    for training in (True, False):  # an evaluation keeps nothing at all
+        pixels = torch.ones(2, requires_grad=True)
+        alive = weakref.ref(pixels)
+        with torch.set_grad_enabled(training):
+            loss([{"pixel_values": pixels}])
+        assert len(watch.batches) == training
+        watch.forget()
+        del pixels
+        gc.collect()
+        assert alive() is None
+
+
 # --- A full disk ---
 
 
@@ -278,27 +327,6 @@ def test_a_full_disk_ends_with_what_to_do_and_the_checkpoint_before(
 
 
 def caused(outer: Exception, inner: Exception) -> Exception:
-def test_a_batch_is_let_go_of_when_its_step_is_done() -> None:
-    """Its pixels, too: the next step needs the room."""
-
-    class Sum(nn.Module):
-        def forward(self, columns: Any, labels: Any = None) -> Any:
-            return {"sum": sum(features["pixel_values"].sum() for features in columns)}
-
-    loss = Sum()
-    watch = BatchWatch(loss)
-    for training in (True, False):  # an evaluation keeps nothing at all
-        pixels = torch.ones(2, requires_grad=True)
-        alive = weakref.ref(pixels)
-        with torch.set_grad_enabled(training):
-            loss([{"pixel_values": pixels}])
-        assert len(watch.batches) == training
-        watch.forget()
-        del pixels
-        gc.collect()
-        assert alive() is None
-
-
     outer.__cause__ = inner
     return outer
 
