@@ -7,7 +7,6 @@ import logging
 import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sentence_vipyloqwen.train.batches import BatchWatch
+from sentence_vipyloqwen.train.task_losses import LOSS
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class TrainingProgress(TrainerCallback):
     after it in the trainer's list of callbacks see them too.
 
     Args:
-        log_path: The file, one JSON object a line: ``step``, ``loss``, each term's share of it, ``learning_rate``, ...
+        log_path: The file, one JSON object a line: ``step``, ``loss``, ``ocr/loss`` and other means by task, ...
         console: Where the bar and the lines go; standard error by default.
         watch: Sees the batches; no rates without it.
         clock: Seconds.
@@ -191,27 +191,24 @@ def _finite(value: Any) -> Any:
 
 
 def describe_losses(logs: Mapping[str, Any]) -> str:
-    """The loss and each task's share of it in one line.
+    """The loss, and each task's mean over its own rows, in one line.
 
-    >>> describe_losses({"loss": 2.0, "ocr/info_nce": 1.0, "ocr/triplet": 0.5, "instr/cosine": 0.5, "instr/x": 0.0})
-    'loss 2.000  ocr 1.500  instr 0.500'
+    >>> describe_losses({"loss": 2.0, "ocr/loss": 1.5, "ocr/triplet": 0.5, "ocr/rows": 8, "instr/loss": 3.0})
+    'loss 2.000  ocr 1.500  instr 3.000'
     """
-    parts = [f"{task} {share:.3f}" for task, share in losses_by_task(logs).items() if share]
+    parts = [f"{task} {value:.3f}" for task, value in losses_by_task(logs).items()]
     return "  ".join([f"loss {float(logs['loss']):.3f}", *parts])
 
 
 def losses_by_task(logs: Mapping[str, Any]) -> dict[str, float]:
-    """Each task's share of the loss: the sum of its terms.
+    """Each task's mean loss over its own rows, of the tasks that have some.
 
-    >>> losses_by_task({"loss": 2.0, "ocr/info_nce": 1.0, "ocr/triplet": 0.5})
+    >>> losses_by_task({"loss": 2.0, "ocr/loss": 1.5, "ocr/triplet": 0.5, "ocr/rows": 8})
     {'ocr': 1.5}
     """
-    shares: dict[str, float] = defaultdict(float)
-    for name, value in logs.items():
-        task, slash, _ = name.partition("/")
-        if slash and value is not None:
-            shares[task] += float(value)
-    return dict(shares)
+    suffix = f"/{LOSS}"
+    named = {name: value for name, value in logs.items() if name.endswith(suffix) and value is not None}
+    return {name.removesuffix(suffix): float(value) for name, value in named.items()}
 
 
 def describe_rates(logs: Mapping[str, Any]) -> str:

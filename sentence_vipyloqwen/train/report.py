@@ -12,6 +12,7 @@ from typing import Any
 from sentence_vipyloqwen.pages import load_template
 from sentence_vipyloqwen.tasks import ALL_TASKS
 from sentence_vipyloqwen.train.progress import LOG_FILE, MEMORY, ROWS_RATE, TOKENS_RATE, read_log
+from sentence_vipyloqwen.train.task_losses import ROWS
 
 PAGE_FILE = "training.html"
 HEADLINES = ("spearman", "accuracy", "ndcg@10")
@@ -166,15 +167,15 @@ def metric_points(task: str, metric: str, log: Log, metrics: Mapping[str, Any]) 
 
 
 def task_charts(log: Log) -> list[Chart]:
-    """For each task, its terms' shares of the loss."""
+    """For each task, its loss and the terms of it: means over its own rows."""
     charts = []
     for colour, task in enumerate(ALL_TASKS, start=1):
         names = dict.fromkeys(name for entry in log for name in entry if name.startswith(f"{task}/"))
         series = [
             Series(name.partition("/")[2], _curve(log, name), shade)
-            for name, shade in zip(names, (colour, 7, 8), strict=False)
+            for name, shade in zip((name for name in names if name != f"{task}/{ROWS}"), (colour, 7, 8), strict=False)
         ]
-        if any(value for of in series for _, value in of.points):
+        if series:
             charts.append(chart(task, "", series, SMALL_WIDTH, SMALL_HEIGHT))
     return charts
 

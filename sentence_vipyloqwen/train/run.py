@@ -22,6 +22,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from sentence_vipyloqwen.index.files import measure
 from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.modules.rendering import ControlTokens
 from sentence_vipyloqwen.modules.sharding import is_sharded
 from sentence_vipyloqwen.train.adapters import merge_adapter
 from sentence_vipyloqwen.train.batches import STOPPED_FOLDER, BatchWatch, StopOnNonFinite
@@ -52,6 +53,7 @@ from sentence_vipyloqwen.train.recipe import FULL, Recipe, load_recipe
 from sentence_vipyloqwen.train.records import Record
 from sentence_vipyloqwen.train.report import write_training_report
 from sentence_vipyloqwen.train.sampling import SamplingCallback, mixed_splits
+from sentence_vipyloqwen.train.task_losses import TaskLosses
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +177,10 @@ def _make_parts(
         train_dataset=mixed_splits(dataset) if recipe.mixed_batches else dataset,
         loss=loss,
         evaluator=evaluator if recipe.eval_steps else None,
-        # In this order: the progress counts what `finite` lets go of, and trackers see what the progress adds.
+        # In this order: losses and progress count what `finite` lets go of, and trackers see what these two add.
         callbacks=[
             SamplingCallback(),
+            TaskLosses(watch, ControlTokens.of(model.tokenizer)),
             progress,
             finite,
             CheckpointKeeper(recipe.keep_checkpoints),

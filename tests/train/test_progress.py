@@ -91,7 +91,7 @@ def test_rates_stand_beside_the_bar_or_at_the_end_of_the_line(tmp_path: Path, te
     progress.on_train_begin(None, state, None)
     progress.on_step_begin(None, state, TrainerControl())
     progress.on_step_end(None, state, TrainerControl())
-    log(progress, state, loss=1.5, **{"ocr/info_nce": 1.5})
+    log(progress, state, loss=1.5, **{"ocr/loss": 1.5})
     log(progress, state, eval_tasks_mean=0.25)
     told = str(progress.bar.tasks[0].description)
     progress.stop()

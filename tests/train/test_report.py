@@ -30,9 +30,17 @@ METRICS: dict[str, Any] = {
     },
 }
 LOG = [
-    {"step": 10, "loss": 4.0, "ocr/info_nce": 3.0, "ocr/triplet": 1.0, "instr/cosine": 0.0, "grad_norm": None},
+    {
+        "step": 10,
+        "loss": 4.0,
+        "ocr/loss": 4.0,
+        "ocr/info_nce": 3.0,
+        "ocr/triplet": 1.0,
+        "ocr/rows": 8,
+        "grad_norm": None,
+    },
     {"step": 10, "eval_ocr_ndcg@10": 0.3, "eval_tasks_mean": 0.3},
-    {"step": 20, "loss": 2.0, "ocr/info_nce": 1.5, "ocr/triplet": 0.5, "instr/cosine": 0.0, "rows_per_second": 30.0},
+    {"step": 20, "loss": 2.0, "ocr/loss": 2.0, "ocr/info_nce": 1.5, "ocr/triplet": 0.5, "rows_per_second": 30.0},
     {"step": 20, "train_runtime": 3.0},
 ]
 
@@ -125,7 +133,7 @@ def test_facts_come_from_what_there_is() -> None:
 def test_terms_of_a_task_are_drawn_in_the_order_of_the_loss() -> None:
     (only,) = task_charts(LOG)
     assert only.title == "ocr"
-    assert [line.name for line in only.lines] == ["info_nce", "triplet"]
+    assert [line.name for line in only.lines] == ["loss", "info_nce", "triplet"]
 
 
 def test_a_curve_is_scaled_into_its_frame() -> None:
