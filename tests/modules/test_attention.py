@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from varlen_reference import reference_varlen
 
 from sentence_vipyloqwen.modules import attention
 from sentence_vipyloqwen.modules.attention import (
@@ -44,37 +45,6 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segment
     heads = query.shape[1] // key.shape[1]
     states = (query, key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1))
     return F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in states), attn_mask=mask).transpose(0, 1)
-
-
-def reference_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-) -> Tensor:
-    """What `flash_attn_varlen_func` computes: of each segment, the last query and the last key are level."""
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and dropout_p == 0
-    outputs = []
-    for q, k, v in zip(
-        *(
-            torch.tensor_split(part, cu[1:-1].long())
-            for part, cu in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
-        ),
-        strict=True,
-    ):
-        assert len(q) <= max_seqlen_q and len(k) <= max_seqlen_k
-        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q)) if causal else None
-        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
-        states = (part.transpose(0, 1) for part in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(*states, attn_mask=mask, scale=softmax_scale).transpose(0, 1))
-    return torch.cat(outputs)
 
 
 def states(segments: Segments, heads: int = 4, kv_heads: int = 2) -> list[Tensor]:
