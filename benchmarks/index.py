@@ -37,9 +37,9 @@ import numpy as np
 
 from sentence_vipyloqwen.extras import require
 from sentence_vipyloqwen.index import Fingerprint, kinds, writing
-from sentence_vipyloqwen.index import vector_index as module
 from sentence_vipyloqwen.index.manifest import Manifest, Shard, read_manifest
 from sentence_vipyloqwen.index.shards import ShardContent, map_vectors, write_shard
+from sentence_vipyloqwen.index.snapshot import Snapshot
 
 KINDS = ("Flat", "HNSW", "IVF,SQ8", "IVF,PQ", "binary", "MRL256", "usearch")
 QUERIES, BATCH, K = 256, 64, 10
@@ -167,11 +167,11 @@ def beside_faiss(
     bare = bare_index(folder, manifest, kind)
     bare_built = time.perf_counter() - start
     with measure.PeakMemory() as memory:
-        index = module.VectorIndex(None, folder, written)
-        rows = [[int(hit.id) for hit in hits] for hits in index.search_vectors(queries, K)]
-    singles = one_by_one(lambda query: index.search_vectors(query, K), queries)
+        index = Snapshot(folder, written)
+        rows = [[int(hit.id) for hit in hits] for hits in index.search(queries, K)]
+    singles = one_by_one(lambda query: index.search(query, K), queries)
     jobs = {
-        "ours": lambda: index.search_vectors(queries[:BATCH], K),
+        "ours": lambda: index.search(queries[:BATCH], K),
         "bare": lambda: search_bare(bare, queries[:BATCH]),
     }
     seconds = measure.interleave(jobs, rounds)

@@ -24,11 +24,11 @@ import ray
 from PIL import Image
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen
-from sentence_vipyloqwen.index import encode_share
+from sentence_vipyloqwen.index import EmbedOptions, encode_share
 
 WORKERS, GPUS_EACH = 2, 0  # of a GPU, a worker may have all (1) or a part (0.5)
 SHARES = 3 * WORKERS
-SHARD_ROWS = 4  # a thousand where there are more than a handful of items
+OPTIONS = EmbedOptions(shard_rows=4)  # a thousand, as by default, where there are more than a handful of items
 
 
 class ShareEncoder:
@@ -41,7 +41,7 @@ class ShareEncoder:
     def __call__(self, row: dict[str, int]) -> dict[str, int]:
         """Embed the share of this number; how many items it holds."""
         share = row["id"]
-        count = encode_share(self.model, self.items, self.folder, share, SHARES, shard_rows=SHARD_ROWS)
+        count = encode_share(self.model, self.items, self.folder, share, SHARES, OPTIONS)
         return {"share": share, "items": count}
 
 
@@ -75,5 +75,5 @@ if __name__ == "__main__":
         print(f"share {row['share']}: {row['items']} items")
 
     # 3.
-    index = VectorIndex.build(ViPyloQwen(model_path), items, folder, shard_rows=SHARD_ROWS, overwrite=True)
+    index = VectorIndex.build(ViPyloQwen(model_path), items, folder, OPTIONS, overwrite=True)
     print(f"{len(index)} items; nearest to 'Hóa đơn số 7': {index.search('Hóa đơn số 7', k=1)[0].id}")

@@ -367,18 +367,11 @@ def index_build(
 
     Example: `vipyloqwen index build run/model items.jsonl my-index --kind HNSW`
     """
-    from sentence_vipyloqwen.index import Folder, VectorIndex
+    from sentence_vipyloqwen.index import EmbedOptions, Folder, VectorIndex
 
-    built = VectorIndex.build(
-        _load(model, device),
-        Folder(items, dpi),
-        index,
-        kind=kind,
-        batch_size=batch_size,
-        overwrite=overwrite,
-        on_error=on_error,
-        show_progress_bar=True,
-    )
+    options = EmbedOptions(batch_size=batch_size, on_error=on_error, show_progress_bar=True)
+    loaded = _load(model, device)
+    built = VectorIndex.build(loaded, Folder(items, dpi), index, options, kind=kind, overwrite=overwrite)
     _tell_skipped(built.skipped, write_report)
     _screen().print(f"Indexed {len(built)} items in {index}.")
 
@@ -403,11 +396,11 @@ def index_encode(
 
     `vipyloqwen index build run/model items.jsonl my-index`
     """
-    from sentence_vipyloqwen.index import Folder, encode_share
+    from sentence_vipyloqwen.index import EmbedOptions, Folder, encode_share
 
+    options = EmbedOptions(batch_size=batch_size, on_error=on_error, show_progress_bar=share == 0)
     loaded = _load(model, device or _device_of_rank())
-    options = {"batch_size": batch_size, "on_error": on_error, "show_progress_bar": share == 0}
-    count = encode_share(loaded, Folder(items, dpi), index, share, shares, **options)
+    count = encode_share(loaded, Folder(items, dpi), index, share, shares, options)
     _screen().print(f"Share {share} of {shares}: {count} items.")
 
 
@@ -424,11 +417,12 @@ def index_add(
     device: Device = None,
 ) -> None:
     """Embed more items into an index. All of them are in it afterwards, or, after a kill, none."""
-    from sentence_vipyloqwen.index import Folder, VectorIndex
+    from sentence_vipyloqwen.index import EmbedOptions, Folder, VectorIndex
 
+    options = EmbedOptions(batch_size=batch_size, on_error=on_error, show_progress_bar=True)
     loaded = VectorIndex.load(index, _load(model, device))
     change = loaded.update if update else loaded.add
-    count = change(Folder(items, dpi), batch_size=batch_size, on_error=on_error, show_progress_bar=True)
+    count = change(Folder(items, dpi), options)
     _tell_skipped(loaded.skipped, write_report)
     _screen().print(f"Added {count} items; {len(loaded)} are in {index}.")
 

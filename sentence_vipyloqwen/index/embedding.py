@@ -36,21 +36,17 @@ class EmbedOptions:
 
     Attributes:
         batch_size: Items in one forward pass.
-        prompt_name: Prompt they are embedded with; documents usually have none.
-        on_error: What an item does that is not allowed or cannot be embedded: ``raise``, or ``skip`` to leave it out
-            and go on.
-        shard_rows: Items of a shard.
-        share: Which of the shards are embedded, where several processes do it: each ``shares``-th, from this one.
-        shares: How many processes there are.
-        show_progress_bar: Whether to show how far it is and how long it takes.
+        prompt_name: Prompt they are embedded with; documents usually have none. All items of an index have the same.
+        on_error: What an item does that is not allowed or cannot be embedded: ``"raise"``, or ``"skip"``, which leaves
+            it out and goes on.
+        shard_rows: Items written at once, and so the most that a kill can lose.
+        show_progress_bar: Whether to show how far it is, at what rate, and the time left.
     """
 
     batch_size: int = 32
     prompt_name: str | None = None
     on_error: str = "raise"
     shard_rows: int = SHARD_ROWS
-    share: int = 0
-    shares: int = 1
     show_progress_bar: bool = False
 
     def __post_init__(self) -> None:
@@ -58,8 +54,23 @@ class EmbedOptions:
             raise ValueError(f"on_error is {self.on_error!r}; allowed is one of {list(ON_ERROR)}.")
         if self.shard_rows < 1 or self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size} and shard_rows {self.shard_rows}; allowed is from 1.")
-        if not 0 <= self.share < self.shares:
-            raise ValueError(f"share is {self.share} of {self.shares}; allowed is from 0, below the number of shares.")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the shards, where several processes embed them.
+
+    Attributes:
+        number: Which one, from 0: each ``of``-th shard, from the ``number``-th on.
+        of: How many shares there are.
+    """
+
+    number: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of:
+            raise ValueError(f"share is {self.number} of {self.of}; allowed is from 0, below the number of shares.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,8 @@ def embed_items(
     source: Source,
     folder: Path,
     options: EmbedOptions,
+    *,
+    share: Share | None = None,
     taken: Collection[str] = frozenset(),
 ) -> Embedded:
     """Embed items into shards of an index folder, which nothing names yet.
@@ -107,12 +120,14 @@ def embed_items(
         source: The items.
         folder: The index folder.
         options: How they are embedded.
+        share: Which of the shards are embedded; all by default.
         taken: Ids that may not occur.
 
     Raises:
         ValueError: If there are no items, or with ``on_error="raise"`` one is not allowed or cannot be embedded.
     """
     skipped: list[Skipped] = []
+    share = share or Share()
     on_bad = skipped.append if options.on_error == "skip" else None
     with tempfile.TemporaryFile(dir=folder) as spool:
         items = read_items(source, folder, taken, on_bad, known.processing.get("max_pixels"))
@@ -120,7 +135,7 @@ def embed_items(
         shards, ids = [], []
         with tqdm(total=count, desc="Embedding", unit="item", disable=not options.show_progress_bar) as bar:
             chunks = _chunks(_unspool(spool), options.shard_rows)
-            for rows in islice(chunks, options.share, None, options.shares):  # 2
+            for rows in islice(chunks, share.number, None, share.of):  # 2
                 name = _name(rows, known, options.prompt_name)
                 if found := find_shard(folder, name):
                     shard, left_out = found
@@ -132,7 +147,7 @@ def embed_items(
                 shards += [shard] if shard.rows else []
                 ids += [row.item["id"] for row in rows if row.item["id"] not in gone]
                 skipped += left_out
-    if not ids and (options.shares == 1 or not count):
+    if not ids and (share.of == 1 or not count):
         what = source.path if isinstance(source, Folder) else source if isinstance(source, (str, Path)) else "items"
         reasons = "".join(f" {item.where}: {item.reason}" for item in skipped[:3])
         raise ValueError(f"There are no items to index in {what}.{reasons}")

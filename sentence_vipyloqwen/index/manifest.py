@@ -23,13 +23,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from sentence_vipyloqwen.index.files import check, replacing
 from sentence_vipyloqwen.index.fingerprint import Fingerprint
 
 FORMAT = "sentence-vipyloqwen-index"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+UNSIGNED_VERSION = 2
+"""Read as well: all that it lacks is the checksum of ``index.json`` itself."""
+
 METRIC = "cosine"
 MANIFEST_FILE = "index.json"
+CHECKSUM = "xxh3_128"
+"""Field of ``index.json``: what it says of all its other fields."""
+
 _FILE = re.compile(r"(shards|vectors|deleted|search)/[0-9a-f]{32}\.(parquet|faiss)")
 """A name that leads out of the folder is no name of ours: files of it would be read, and deleted, elsewhere."""
 
@@ -112,23 +120,29 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
+        """Plain data, ready for JSON, with its checksum."""
+        return signed(asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
         """Read what :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: If it is no index, of another format version, or has other fields.
+            ValueError: If it is no index, of another format version, altered, or has other fields.
         """
+        data, version = dict(data), data.get("format_version")
         if data.get("format") != FORMAT:
             raise ValueError(f"'format' is {data.get('format')!r}, allowed is {FORMAT!r}")
-        if data.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format version {data.get('format_version')!r}, this release reads {FORMAT_VERSION}")
+        if version not in (UNSIGNED_VERSION, FORMAT_VERSION):
+            raise ValueError(f"format version {version!r}, this release reads {UNSIGNED_VERSION} and {FORMAT_VERSION}")
+        if version == FORMAT_VERSION and data != signed(data):
+            raise ValueError("it was altered after it was written: its checksum differs")
+        if version == FORMAT_VERSION:
+            del data[CHECKSUM]
         allowed = {item.name for item in fields(cls)}
         if set(data) != allowed:
             raise ValueError(f"its fields are {sorted(data)}, allowed are {sorted(allowed)}")
+        data["format_version"] = FORMAT_VERSION
         approximate = data["approximate"] and Approximate(**data["approximate"])
         shards = tuple(Shard(**shard) for shard in data["shards"])
         known = Fingerprint.from_dict(data["fingerprint"])
@@ -138,6 +152,12 @@ class Manifest:
         if wrong := [path for path in named if not _FILE.fullmatch(path)] or set(data["files"]) ^ set(named):
             raise ValueError(f"it names the files {sorted(wrong)[:3]}, which do not belong to an index")
         return cls(**{**data, "fingerprint": known, "shards": shards, "approximate": approximate})
+
+
+def signed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``index.json`` with their checksum, as it is now."""
+    rest = {key: value for key, value in data.items() if key != CHECKSUM}
+    return rest | {CHECKSUM: xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from sentence_vipyloqwen.index.filters import Where
 from sentence_vipyloqwen.index.items import query_input
-from sentence_vipyloqwen.index.vector_index import Hit, Query
+from sentence_vipyloqwen.index.snapshot import Hit
+from sentence_vipyloqwen.index.vector_index import Query
 from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.modules.inputs import ImageSource
 from sentence_vipyloqwen.pages import load_template

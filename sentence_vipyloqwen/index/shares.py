@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from sentence_vipyloqwen.index.embedding import SHARD_ROWS, EmbedOptions, embed_items
+from sentence_vipyloqwen.index.embedding import EmbedOptions, Share, embed_items
 from sentence_vipyloqwen.index.fingerprint import fingerprint
 from sentence_vipyloqwen.index.items import Source
 
@@ -17,18 +17,13 @@ def encode_share(
     folder: str | Path,
     share: int,
     shares: int,
-    *,
-    batch_size: int = 32,
-    prompt_name: str | None = None,
-    on_error: str = "raise",
-    shard_rows: int = SHARD_ROWS,
-    show_progress_bar: bool = False,
+    options: EmbedOptions | None = None,
 ) -> int:
     """Embed every ``shares``-th shard of some items into an index folder, from the ``share``-th on.
 
-    Once all shares are done, :meth:`VectorIndex.build` with the same items, model, ``prompt_name`` and ``shard_rows``
-    finds the shards and has nothing left to embed. Run a share again where it was killed, and it goes on. The folder
-    must be one that all processes see; every process reads all items, and embeds its own.
+    Once all shares are done, :meth:`VectorIndex.build` with the same items, model and options finds the shards and has
+    nothing left to embed. Run a share again where it was killed, and it goes on. The folder must be one that all
+    processes see; every process reads all items, and embeds its own.
 
     Args:
         model: What embeds them.
@@ -36,11 +31,7 @@ def encode_share(
         folder: Where the index is to be.
         share: Which share, from 0: the rank of a process.
         shares: How many there are: the world size.
-        batch_size: Items in one forward pass.
-        prompt_name: Prompt the items are embedded with.
-        on_error: What an item does that is not allowed or cannot be embedded: ``"raise"`` or ``"skip"``.
-        shard_rows: Items of a shard.
-        show_progress_bar: Whether to show how far it is.
+        options: How they are embedded.
 
     Returns:
         How many items the share holds.
@@ -48,15 +39,7 @@ def encode_share(
     Raises:
         ValueError: As :meth:`VectorIndex.build`.
     """
-    options = EmbedOptions(
-        batch_size=batch_size,
-        prompt_name=prompt_name,
-        on_error=on_error,
-        shard_rows=shard_rows,
-        share=share,
-        shares=shares,
-        show_progress_bar=show_progress_bar,
-    )
+    part = Share(share, shares)
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    return len(embed_items(model, fingerprint(model), items, folder, options).ids)
+    return len(embed_items(model, fingerprint(model), items, folder, options or EmbedOptions(), share=part).ids)

@@ -32,8 +32,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sentence_vipyloqwen.index.report import encode_picture, percent, shorten, show_value
+from sentence_vipyloqwen.index.snapshot import Hit
 from sentence_vipyloqwen.index.ui_words import WORDS, choose_language
-from sentence_vipyloqwen.index.vector_index import Hit, VectorIndex
+from sentence_vipyloqwen.index.vector_index import VectorIndex
 from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.modules.inputs import MAX_IMAGES
 from sentence_vipyloqwen.pages import load_template
@@ -72,7 +73,7 @@ def create_app(index: VectorIndex, *, host_names: Sequence[str] = LOCAL_NAMES) -
     """Make the page's application.
 
     Args:
-        index: What is searched, as it is now; later changes to its folder show once it is loaded again.
+        index: What is searched; changes that other processes make to its folder show with the next request.
         host_names: Names under which the page may be asked for, without port.
 
     Example::
@@ -271,11 +272,12 @@ class _Desk:
         return Response(page, 400 if found.error else 200, {"Cache-Control": "no-store"}, "text/html")
 
     def _find(self, question: Question) -> Found:
-        if question.is_empty:
-            return Found()
         start = perf_counter()
         try:
             with self._lock:
+                self._index.refresh()
+                if question.is_empty:
+                    return Found()
                 query = _read_query(self._index, question)
                 hits = self._index.search(
                     query, _read_k(question.k), question.prompt_name or None, where=question.where or None
@@ -296,7 +298,9 @@ class _Desk:
     def picture(self, id: str, number: int, size: str) -> Response:
         """An image of an item, drawn anew."""
         try:
-            path = self._index.get(id)["image"][number]
+            with self._lock:
+                self._index.refresh()
+                path = self._index.get(id)["image"][number]
             content, kind = self._encoded(path, PICTURE_PIXELS[size])
         except (ValueError, IndexError) as error:
             raise HTTPException(404, "There is no such image, or it cannot be opened any more.") from error
@@ -318,7 +322,7 @@ def _card(hit: Hit) -> dict[str, Any]:
         "percent": percent(hit.score),
         "text": shorten(hit.item["text"], TEXT_SHOWN),
         "images": [
-            {"name": Path(path).name, "address": f"image?{urlencode({'item': hit.id, 'number': number})}"}
+            {"name": (name := Path(path).name), "address": f"image?{urlencode(_address(hit.id, number, name))}"}
             for number, path in enumerate(hit.item["image"])
         ],
         "facts": [
@@ -326,6 +330,11 @@ def _card(hit: Hit) -> dict[str, Any]:
             for key, value in hit.item["metadata"].items()
         ],
     }
+
+
+def _address(id: str, number: int, name: str) -> dict[str, Any]:
+    """An image by item and number; its name, which nobody reads, keeps browsers from showing what they have of old."""
+    return {"item": id, "number": number, "name": name}
 
 
 def condition(key: str, value: Any) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hash_model import make_hash_model
 
-from sentence_vipyloqwen.index import VectorIndex
+from sentence_vipyloqwen.index import EmbedOptions, VectorIndex
 
 KILLED = 9
 PRELOAD = ("sentence_transformers", "sentence_vipyloqwen.index", "dying")
@@ -25,20 +25,21 @@ def items(*numbers: int, version: int = 0) -> list[dict[str, Any]]:
     return [{"id": f"{n:03}", "text": f"mục {n} bản {version}", "metadata": {"version": version}} for n in numbers]
 
 
-def build(folder: Path) -> None:
-    VectorIndex.build(make_hash_model(), items(*range(12)), folder, shard_rows=4, kind="HNSW", overwrite=True)
+def build(folder: Path, *numbers: int) -> None:
+    some = items(*(numbers or range(12)))
+    VectorIndex.build(make_hash_model(), some, folder, EmbedOptions(shard_rows=4), kind="HNSW", overwrite=True)
 
 
 def rebuild(folder: Path) -> None:
-    VectorIndex.build(make_hash_model(), items(*range(4), 90, 91), folder, shard_rows=4, kind="HNSW", overwrite=True)
+    build(folder, *range(4), 90, 91)
 
 
 def add(folder: Path) -> None:
-    VectorIndex.load(folder, make_hash_model()).add(items(*range(20, 26)), shard_rows=4)
+    VectorIndex.load(folder, make_hash_model()).add(items(*range(20, 26)), EmbedOptions(shard_rows=4))
 
 
 def update(folder: Path) -> None:
-    VectorIndex.load(folder, make_hash_model()).update(items(1, 2, 50, version=1), shard_rows=2)
+    VectorIndex.load(folder, make_hash_model()).update(items(1, 2, 50, version=1), EmbedOptions(shard_rows=2))
 
 
 def remove(folder: Path) -> None:
@@ -86,7 +87,7 @@ def keep_changing(folder: Path, acknowledged: Path) -> None:
 
 def _add_some(first: int) -> Work:
     return lambda folder: VectorIndex.load(folder, make_hash_model()).update(
-        items(*range(first, first + 9)), shard_rows=2
+        items(*range(first, first + 9)), EmbedOptions(shard_rows=2)
     )
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from filelock import FileLock
 
-from sentence_vipyloqwen.index import VectorIndex, kinds, writing
+from sentence_vipyloqwen.index import EmbedOptions, VectorIndex, kinds, writing
 from sentence_vipyloqwen.index.maintenance import remove_items
 
 
@@ -22,7 +22,7 @@ def held(index: VectorIndex) -> dict[str, str]:
 @pytest.fixture
 def index(model, tmp_path) -> VectorIndex:
     items = [{"id": f"{n:02}", "text": f"mục {n}", "metadata": {"n": n}} for n in range(20)]
-    return VectorIndex.build(model, items, tmp_path / "index", shard_rows=6)
+    return VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=6))
 
 
 def test_shards_hold_so_many_rows(index):
@@ -88,7 +88,7 @@ def test_everything_may_be_removed(model, index):
 
 def test_compaction_keeps_the_results_and_drops_what_nothing_names(model, tmp_path, picture):
     items = [{"id": "red", "image": picture("red")}, {"id": "blue", "image": picture("blue")}, {"id": "t", "text": "a"}]
-    index = VectorIndex.build(model, items, tmp_path / "index", shard_rows=1)
+    index = VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=1))
     index.remove(["blue"])
     (index.folder / "shards" / ".draft-1.parquet").write_bytes(b"half")
     (index.folder / "shards" / "0123.parquet").write_bytes(b"of a run that was killed")
@@ -103,7 +103,7 @@ def test_many_shards_are_joined(model, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "MOST_SHARDS", 3)
     monkeypatch.setattr(writing, "JOINED_ROWS", 8)
     items = [{"id": f"{n:02}", "text": f"mục {n}"} for n in range(20)]
-    index = VectorIndex.build(model, items, tmp_path / "index", shard_rows=3)
+    index = VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=3))
     assert [shard["rows"] for shard in index.info()["shards"]] == [9, 9, 2]
     assert list(held(index)) == [item["id"] for item in items]
     index.verify()
@@ -139,9 +139,9 @@ def test_the_next_run_goes_on_from_the_last_shard(make_model, tmp_path, monkeypa
 
     def run() -> VectorIndex:
         if change == "build":
-            return VectorIndex.build(model, items, tmp_path / "index", shard_rows=3)
+            return VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=3))
         index = VectorIndex.load(tmp_path / "index", model)
-        index.add(items, shard_rows=3)
+        index.add(items, EmbedOptions(shard_rows=3))
         return index
 
     with monkeypatch.context() as patch, pytest.raises(Cut):
@@ -159,12 +159,12 @@ def test_a_build_anew_embeds_only_shards_that_changed(make_model, tmp_path, monk
     model, path = make_model(), tmp_path / "p.png"
     picture("red").save(path)
     items = [{"id": f"{n}", "text": f"mục {n}"} for n in range(9)] + [{"id": "p", "image": str(path)}]
-    VectorIndex.build(model, items, tmp_path / "index", shard_rows=3)
+    VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=3))
     items[4]["text"] = "khác"
     picture("blue").save(path)  # the same name, another content
     with monkeypatch.context() as patch:
         seen = cut_after(model, 99, patch)
-        index = VectorIndex.build(model, items, tmp_path / "index", shard_rows=3, overwrite=True)
+        index = VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=3), overwrite=True)
     assert seen == [3, 1]
     assert index.search("khác", k=1)[0].id == "4"
     assert index.search(picture("blue"), k=1)[0].score == 1.0
@@ -195,6 +195,36 @@ def test_a_change_begins_from_what_others_have_made_of_it(model, index):
     index.add([{"id": "x", "text": "mới"}])
     assert len(index) == 20
     assert "03" not in held(index)
+
+
+def test_an_open_index_shows_what_others_have_made_of_it_when_asked(model, index, make_model):
+    reader = VectorIndex.load(index.folder, model)
+    assert not index.refresh()
+    assert not reader.refresh()
+    index.remove(["03"])
+    index.add([{"id": "x", "text": "mới"}])
+    index.compact()
+    assert "03" in held(reader)  # it stays as it was opened, files of it that are gone from the folder included
+    assert reader.search("mục 3", k=1)[0].id == "03"
+    assert reader.refresh()
+    assert not reader.refresh()
+    assert held(reader) == held(index)
+    assert reader.search("mới", k=1)[0].id == "x"
+    VectorIndex.build(make_model(dim=16), [{"text": "a"}], index.folder, overwrite=True)
+    with pytest.raises(ValueError, match="was built with the model"):
+        reader.refresh()
+    assert reader.search("mới", k=1)[0].id == "x"
+
+
+def test_items_of_an_index_have_its_prompt(model, tmp_path):
+    index = VectorIndex.build(model, [{"text": "số xe"}], tmp_path / "index", EmbedOptions(prompt_name="ocr"))
+    index.add([{"id": "x", "text": "biển số"}])
+    assert index.search("biển số", k=1, prompt_name="ocr")[0].score == 1.0
+    index.update([{"id": "x", "text": "biển"}], EmbedOptions(prompt_name="ocr"))
+    plain = VectorIndex.build(model, [{"text": "số xe"}], tmp_path / "plain")
+    for other, name in ((index, "vqa"), (plain, "ocr")):
+        with pytest.raises(ValueError, match=f"prompt_name is '{name}'; the items of this index have"):
+            other.add([{"id": "y", "text": "a"}], EmbedOptions(prompt_name=name))
 
 
 def test_a_reader_while_another_process_compacts(model, tmp_path):
@@ -296,10 +326,10 @@ def test_bad_items_are_left_out_and_listed(model, tmp_path):
     path = tmp_path / "items.jsonl"
     lines = [json.dumps({"id": "a", "text": "a"}).encode(), b"{", b'{"text": "\xff"}', b'{"id": "a", "text": "b"}']
     path.write_bytes(b"\n".join([*lines, json.dumps({"id": "b", "text": "b"}).encode()]))
-    index = VectorIndex.build(model, path, tmp_path / "index", on_error="skip")
+    index = VectorIndex.build(model, path, tmp_path / "index", EmbedOptions(on_error="skip"))
     assert list(held(index)) == ["a", "b"]
     assert [Path(item.where).name for item in index.skipped] == ["items.jsonl:2", "items.jsonl:3", "items.jsonl:4"]
     for item, reason in zip(index.skipped, ("not JSON", "not UTF-8", "id 'a' is taken"), strict=True):
         assert reason in item.reason
     with pytest.raises(ValueError, match="on_error is 'pass'; allowed is one of"):
-        index.add(path, on_error="pass")
+        index.add(path, EmbedOptions(on_error="pass"))

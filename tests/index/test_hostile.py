@@ -14,6 +14,7 @@ from PIL import Image
 
 from sentence_vipyloqwen.index import VectorIndex, fingerprint
 from sentence_vipyloqwen.index.files import measure
+from sentence_vipyloqwen.index.manifest import signed
 
 ITEMS = [{"id": "a", "text": "một"}, {"id": "b", "text": "hai"}]
 
@@ -25,7 +26,7 @@ def folder(model, tmp_path) -> Path:
 
 def change(folder: Path, **changes) -> None:
     path = folder / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes), encoding="utf-8")
+    path.write_text(json.dumps(signed(json.loads(path.read_bytes()) | changes)), encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["images/holiday.jpg", "images/2024.png", "shards/mine.parquet", "vectors/a.faiss"])

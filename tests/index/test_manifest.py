@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import dataset
 
-from sentence_vipyloqwen.index import VectorIndex
+from sentence_vipyloqwen.index import EmbedOptions, VectorIndex
 from sentence_vipyloqwen.index.files import measure
 from sentence_vipyloqwen.index.maintenance import verify_index
-from sentence_vipyloqwen.index.manifest import read_manifest
+from sentence_vipyloqwen.index.manifest import CHECKSUM, read_manifest, signed
 
 OLD = [{"id": "old", "text": "cũ", "metadata": {"trang": 1}}]
 NEW = [{"id": "new", "text": "mới"}, {"id": "more", "text": "nữa"}]
@@ -40,7 +40,7 @@ def test_files_are_those_of_the_description(model, folder):
     assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["index.json", "shards", "vectors"]
     manifest = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     assert manifest["format"] == "sentence-vipyloqwen-index"
-    assert manifest["format_version"] == 2
+    assert manifest["format_version"] == 3
     assert (manifest["count"], manifest["dim"], manifest["metric"]) == (1, 32, "cosine")
     table = pq.read_table(the_shard(folder))
     assert table.column_names == ["id", "text", "image", "metadata", "vector"]
@@ -52,7 +52,7 @@ def test_files_are_those_of_the_description(model, folder):
 
 def test_other_tools_read_the_folder_of_shards(model, tmp_path):
     items = [{"id": f"{n:02}", "text": f"mục {n}"} for n in range(9)]
-    index = VectorIndex.build(model, items, tmp_path / "index", shard_rows=4)
+    index = VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=4))
     table = dataset.dataset(index.folder / "shards", format="parquet").to_table(filter=pc.field("id") > "05")
     assert sorted(table["id"].to_pylist()) == ["06", "07", "08"]
     assert table.schema.field("vector").type.list_size == 32
@@ -145,7 +145,7 @@ def resign(folder: Path, **changes) -> None:
     path = folder / "index.json"
     data = json.loads(path.read_bytes())
     files = {name: measure(folder / name) for name in data["files"]}
-    path.write_text(json.dumps(data | {"files": files} | changes), encoding="utf-8")
+    path.write_text(json.dumps(signed(data | {"files": files} | changes)), encoding="utf-8")
 
 
 def test_vectors_that_are_not_those_of_the_items(model, folder):
@@ -199,7 +199,7 @@ def test_verify_finds_an_altered_image(model, tmp_path, picture):
     ("changes", "message"),
     [
         ({"format": "other"}, "'format' is 'other'"),
-        ({"format_version": 1}, "format version 1, this release reads 2"),
+        ({"format_version": 1}, "format version 1, this release reads 2 and 3"),
         ({"surplus": 1}, "fields are .*surplus"),
         ({"fingerprint": {"weights": "x"}}, "fingerprint has the fields"),
     ],
@@ -208,6 +208,45 @@ def test_manifests_that_cannot_be_read(model, folder, changes, message):
     resign(folder, **changes)
     with pytest.raises(ValueError, match=f"index.json cannot be read: .*{message}.*overwrite=True"):
         VectorIndex.load(folder, model)
+
+
+@pytest.mark.parametrize("change", ["count", "rows", "version", "checksum", "none"])
+def test_an_index_json_that_was_altered_is_refused(model, folder, change):
+    path = folder / "index.json"
+    data = json.loads(path.read_bytes())
+    if change == "rows":
+        data["shards"][0]["rows"] = 2
+    elif change == "none":
+        del data[CHECKSUM]
+    else:
+        key, value = {"count": ("count", 7), "version": ("format_version", 2), "checksum": (CHECKSUM, "0" * 32)}[change]
+        data[key] = value
+    path.write_text(json.dumps(data), encoding="utf-8")
+    for read in (lambda: VectorIndex.load(folder, model), lambda: verify_index(folder), lambda: read_manifest(folder)):
+        with pytest.raises(ValueError, match=r"index.json cannot be read: (it was altered|its fields are).*overwrite"):
+            read()
+    VectorIndex.build(model, OLD, folder, overwrite=True)
+    assert ids(folder, model) == ["old"]
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+def test_an_index_json_that_is_cut_short_is_refused(model, folder, part):
+    path = folder / "index.json"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=r"index.json cannot be read: .*overwrite=True"):
+        VectorIndex.load(folder, model)
+
+
+def test_an_index_of_the_version_before_is_read_and_goes_on_as_one_of_this(model, folder):
+    path = folder / "index.json"
+    data = {key: value for key, value in json.loads(path.read_bytes()).items() if key != CHECKSUM}
+    path.write_text(json.dumps(data | {"format_version": 2}), encoding="utf-8")
+    index = VectorIndex.load(folder, model)
+    index.add(NEW)
+    assert ids(folder, model) == ["old", "new", "more"]
+    assert json.loads(path.read_bytes())["format_version"] == 3
+    assert CHECKSUM in index.info()
 
 
 def test_no_folder_and_no_index(model, tmp_path):

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from sentence_vipyloqwen import ViPyloQwen
-from sentence_vipyloqwen.index import VectorIndex, encode_share
+from sentence_vipyloqwen.index import EmbedOptions, VectorIndex, encode_share
 
 ITEMS = [{"id": f"{n:02}", "text": f"mục {n}"} for n in range(20)]
 
 
 def test_a_build_finds_what_the_shares_wrote(make_model, tmp_path, monkeypatch):
     model, folder = make_model(), tmp_path / "index"
-    counts = [encode_share(model, ITEMS, folder, share, 3, shard_rows=4) for share in (2, 0, 1)]
+    counts = [encode_share(model, ITEMS, folder, share, 3, EmbedOptions(shard_rows=4)) for share in (2, 0, 1)]
     assert counts == [4, 8, 8]  # shards 2; 0 and 3; 1 and 4
-    alone = VectorIndex.build(model, ITEMS, tmp_path / "alone", shard_rows=4)
+    alone = VectorIndex.build(model, ITEMS, tmp_path / "alone", EmbedOptions(shard_rows=4))
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode", lambda *_, **__: pytest.fail("embedded"))
-        index = VectorIndex.build(model, ITEMS, folder, shard_rows=4)
+        index = VectorIndex.build(model, ITEMS, folder, EmbedOptions(shard_rows=4))
     assert index.items == alone.items
     assert index.search("mục 7", k=20) == alone.search("mục 7", k=20)
     index.verify()

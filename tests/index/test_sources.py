@@ -8,7 +8,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from sentence_vipyloqwen.index import VectorIndex
+from sentence_vipyloqwen.index import EmbedOptions, VectorIndex
 from sentence_vipyloqwen.index.items import read_items
 from sentence_vipyloqwen.index.sources import Folder, located
 
@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_read_is_named(model, folder: Path, tmp_path: Path
         VectorIndex.build(model, folder, tmp_path / "index")
     assert str(folder / name) in str(error.value)
     assert reason in str(error.value)
-    index = VectorIndex.build(model, folder, tmp_path / "index", on_error="skip")
+    index = VectorIndex.build(model, folder, tmp_path / "index", EmbedOptions(on_error="skip"))
     assert [(skipped.where, reason in skipped.reason) for skipped in index.skipped] == [(str(folder / name), True)]
     assert len(index) == 5
 

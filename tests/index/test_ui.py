@@ -148,6 +148,42 @@ def test_what_cannot_be_asked_is_told(client: TestClient, fields: dict[str, str]
     assert reason in response.text
 
 
+# --- while others change the index ---
+
+
+def test_the_page_shows_what_others_have_made_of_the_index(client: TestClient, index: VectorIndex, model) -> None:
+    assert "4 mục" in client.get("/").text
+    before = re.findall(r'<img src="(.*?)"', ask(client, like="xanh", k="1").text)
+    other = VectorIndex.load(index.folder, model)
+    other.add([{"id": "new", "text": "biển số xe"}])
+    assert ids(ask(client, text="biển số xe").text)[0] == "new"
+    assert "5 mục" in client.get("/").text
+    other.update([{"id": "xanh", "image": Image.new("RGB", (30, 60), "green")}])
+    other.remove(["new"])
+    other.compact()
+    assert "new" not in ids(ask(client, text="biển số xe", k="200").text)
+    (after,) = re.findall(r'<img src="(.*?)"', ask(client, like="xanh", k="1").text)
+    assert [after] != before  # or a browser would go on to show the old picture
+    assert Image.open(io.BytesIO(client.get(f"/{after.replace('&amp;', '&')}").content)).size == (30, 60)
+
+
+def test_a_picture_of_an_item_that_came_later_is_shown(client: TestClient, index: VectorIndex, model) -> None:
+    VectorIndex.load(index.folder, model).add([{"id": "late", "image": Image.new("RGB", (30, 60))}])
+    assert client.get("/image", params={"item": "late"}).status_code == 200
+
+
+def test_an_index_that_can_no_longer_be_read_is_told_and_comes_back(client: TestClient, index: VectorIndex) -> None:
+    pointer = index.folder / "index.json"
+    content = pointer.read_bytes()
+    pointer.write_bytes(content[:-9])
+    for response in (client.get("/"), ask(client, text="x")):
+        assert response.status_code == 400
+        assert "index.json cannot be read" in response.text
+    assert client.get("/image", params={"item": "xanh"}).status_code == 404
+    pointer.write_bytes(content)
+    assert ids(ask(client, text="x").text)
+
+
 # --- safety ---
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import ViPyloQwen
-from sentence_vipyloqwen.index import VectorIndex, fingerprint
+from sentence_vipyloqwen.index import EmbedOptions, VectorIndex, fingerprint
 from sentence_vipyloqwen.modules import images
 
 TEXTS = [
@@ -83,7 +83,7 @@ def test_prompt_name_is_the_same_as_the_prefix_in_the_text(model, tmp_path):
 
 
 def test_items_may_be_embedded_with_a_prompt(model, tmp_path):
-    index = VectorIndex.build(model, [{"text": "số xe"}], tmp_path / "index", prompt_name="ocr")
+    index = VectorIndex.build(model, [{"text": "số xe"}], tmp_path / "index", EmbedOptions(prompt_name="ocr"))
     assert index.search("số xe", prompt_name="ocr")[0].score == 1.0
     assert VectorIndex.load(tmp_path / "index", model).info()["prompt_name"] == "ocr"
 
@@ -349,7 +349,7 @@ def test_a_vector_without_direction_names_the_item(make_model, tmp_path, monkeyp
     with pytest.raises(ValueError, match="^item 1: .*NaN or infinite.*: item 'b'"):
         VectorIndex.build(model, items, tmp_path / "index")
     assert not any(tmp_path.iterdir())
-    index = VectorIndex.build(model, items, tmp_path / "index", on_error="skip")
+    index = VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(on_error="skip"))
     assert [item["id"] for item in index.items] == ["a"]
     assert [(skipped.where, skipped.id) for skipped in index.skipped] == [("item 1", "b")]
     assert "NaN or infinite" in index.skipped[0].reason

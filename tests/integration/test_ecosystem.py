@@ -35,6 +35,7 @@ from qdrant_client import QdrantClient, models
 from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen
+from sentence_vipyloqwen.index import EmbedOptions
 from sentence_vipyloqwen.index.manifest import read_manifest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -91,7 +92,7 @@ def test_ray_writes_the_shards_of_a_plain_build(
     shares = [int(line.split()[2]) for line in told.splitlines() if line.startswith("share ")]
     assert shares == [8, 8, 8, 8, 4, 4]  # ten shards of four items among six shares
     model, items = ViPyloQwen(folder, device="cpu"), tmp_path / "items.jsonl"
-    plain = VectorIndex.build(model, items, tmp_path / "plain", shard_rows=4)
+    plain = VectorIndex.build(model, items, tmp_path / "plain", EmbedOptions(shard_rows=4))
     assert read_manifest(tmp_path / "index").shards == read_manifest(plain.folder).shards
     of_ray, alone = content(tmp_path / "index"), content(plain.folder)
     assert of_ray.drop_columns("vector") == alone.drop_columns("vector")
@@ -124,7 +125,7 @@ def test_an_index_of_several_shards_is_exported_as_it_is_now(
         {"id": f"{number:02}", "text": f"mục {number}", "metadata": facts} for number, facts in enumerate(metadata)
     ]
     items[4]["image"] = [str(path) for path in pictures]
-    index = VectorIndex.build(model, items, tmp_path / "index", shard_rows=5)
+    index = VectorIndex.build(model, items, tmp_path / "index", EmbedOptions(shard_rows=5))
     index.remove(["07"])
     index.update([{"id": "02", "text": "mới", "metadata": {"lang": "vi", "page": 99}}])
 
