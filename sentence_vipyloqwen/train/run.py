@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ import yaml
 from accelerate import PartialState
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.util.distributed import distributed_evaluation
 from transformers import PrinterCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from sentence_vipyloqwen.index.files import measure
@@ -50,7 +52,6 @@ from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, eva
 from sentence_vipyloqwen.train.interruption import StopOnSignal, TrainingInterrupted, explaining
 from sentence_vipyloqwen.train.progress import LOG_FILE, TrainingProgress, trim_log
 from sentence_vipyloqwen.train.recipe import FULL, Recipe, load_recipe
-from sentence_vipyloqwen.train.records import Record
 from sentence_vipyloqwen.train.report import write_training_report
 from sentence_vipyloqwen.train.sampling import SamplingCallback, mixed_splits
 from sentence_vipyloqwen.train.task_losses import TaskLosses
@@ -59,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "data.json"
-"""Hashes of the data files that a run began with."""
+"""What a run began with: hashes of its data files, and the number of its processes."""
 
 METRICS_FILE = "metrics.json"
 MODEL, ADAPTER = "model", "adapter"
@@ -74,7 +75,8 @@ class TrainingResult:
     Attributes:
         model: The trained model; of the best checkpoint, where the recipe has a metric for it.
         model_path: Its portable folder.
-        before: Evaluation of the untrained model; ``None`` without an evaluation file, and for a resumed run.
+        before: Evaluation of the untrained model; ``None`` without an evaluation file, and for a resumed run. Of
+            several processes the first one has it, as it has the other.
         after: Evaluation of the trained model; ``None`` without an evaluation file.
     """
 
@@ -106,7 +108,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     """
     output = Path(recipe.output)
     arguments = make_arguments(recipe, output, device)
-    checkpoint = _find_checkpoint(recipe, output)
+    checkpoint = _find_checkpoint(recipe, output, arguments.world_size)
     # 1. Data and model.
     dataset = load_tasks(recipe.train, on_error=recipe.on_error, show_progress_bar=True)
     evaluator = TasksEvaluator(recipe.eval) if recipe.eval else None
@@ -116,12 +118,10 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     writes = parts.trainer.is_world_process_zero()
     PartialState().wait_for_everyone()  # all have looked at the folder
     if writes:
-        _start_output(recipe, output, checkpoint)
+        _start_output(recipe, output, checkpoint, arguments.world_size)
     # 3. What the untrained model can do, and the training.
-    records = evaluator.records if evaluator and writes else None
-    before = _evaluate(recipe, model, records) if records and not checkpoint else None
+    before = _evaluate(recipe, model, evaluator) if evaluator and not checkpoint else None
     if before:
-        check_best_metric(recipe, before)
         _add_metrics(output / METRICS_FILE, before=before)
     try:
         if checkpoint is None or not has_ended(checkpoint):
@@ -139,8 +139,9 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
         _load_best(parts.trainer)
     with explaining(output):
         model_path = _save(recipe, parts.trainer, output)
-    trained = ViPyloQwen(model_path, device=device) if writes and is_sharded(model) else model
-    after = _evaluate(recipe, trained, records) if records else None
+    PartialState().wait_for_everyone()  # the folder is whole
+    trained = ViPyloQwen(model_path, device=device) if is_sharded(model) else model
+    after = _evaluate(recipe, trained, evaluator) if evaluator else None
     if after:
         _add_metrics(output / METRICS_FILE, after=after)
         _report(output)
@@ -189,6 +190,11 @@ def _make_parts(
             *trackers,
         ],
     )
+    if recipe.vision_cache is not None and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        raise ValueError(
+            f"Setting vision_cache is {recipe.vision_cache!r}; allowed is none under full sharding, where processes "
+            "gather the vision tower's weights together. Replicate the model (accelerate launch --multi_gpu)."
+        )
     trainer.remove_callback(PrinterCallback)
     finite.save_model = trainer.save_model
     return _Parts(trainer, progress, watch, stop)
@@ -270,7 +276,7 @@ def _report(output: Path) -> None:
         logger.warning("No page of the training was written: %s", error)
 
 
-def _find_checkpoint(recipe: Recipe, output: Path) -> Path | None:
+def _find_checkpoint(recipe: Recipe, output: Path, processes: int) -> Path | None:
     """The checkpoint to go on from; an output folder that holds a run must hold one of the same settings."""
     checkpoints = complete_checkpoints(output / CHECKPOINTS)
     if not (output / RECIPE_FILE).exists() and not any((output / CHECKPOINTS).glob("*")):
@@ -288,21 +294,46 @@ def _find_checkpoint(recipe: Recipe, output: Path) -> Path | None:
             f"{output} holds a run of other settings ({changes}): give those again to resume it, "
             "or choose another output folder."
         )
-    if changed := [path for path, digest in _digests(recipe).items() if digest not in _known_digests(output)]:
+    _check_origin(recipe, output, processes if checkpoints else None)
+    return checkpoints[-1] if checkpoints else None
+
+
+def _check_origin(recipe: Recipe, output: Path, processes: int | None) -> None:
+    """Records, and the number of processes if it matters, must be those that the run began with."""
+    origin = _read_origin(output)
+    if origin is None:
+        logger.warning(
+            "The run in %s began without hashes of its records, as runs of an earlier version did: it is not checked "
+            "whether %s are those it began with. If they are not, stop it and choose another output folder.",
+            output,
+            ", ".join(recipe.train),
+        )
+        return
+    if changed := [path for path, digest in _digests(recipe).items() if digest not in origin["digests"]]:
         raise ValueError(
             f"The records of {', '.join(changed)} are not those that the run in {output} began with: it cannot go on "
             "with them: restore them, or choose another output folder."
         )
-    return checkpoints[-1] if checkpoints else None
+    began = origin.get("processes", processes)
+    if processes is not None and began != processes:
+        raise ValueError(
+            f"The run in {output} began with {began} process(es); got {processes}. Each keeps its own random numbers, "
+            f"and its part of the batches: go on with {began}, or choose another output folder."
+        )
+
+
+def _read_origin(output: Path) -> dict[str, Any] | None:
+    """What a run began with; ``None`` of a run that did not write it down."""
+    path = output / DATA_FILE
+    if not path.exists():
+        return None
+    origin = json.loads(path.read_text(encoding="utf-8"))
+    return origin if isinstance(origin, dict) else {"digests": origin}  # an earlier version wrote a list of these alone
 
 
 def _digests(recipe: Recipe) -> dict[str, str]:
     """Each data file, and a hash of its content."""
     return {path: measure(Path(path))["xxh3_128"] for path in recipe.train}
-
-
-def _known_digests(output: Path) -> list[str]:
-    return json.loads((output / DATA_FILE).read_text(encoding="utf-8"))
 
 
 def _settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -316,9 +347,10 @@ def _settings_of(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def _start_output(recipe: Recipe, output: Path, checkpoint: Path | None) -> None:
+def _start_output(recipe: Recipe, output: Path, checkpoint: Path | None, processes: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / DATA_FILE, json.dumps(list(_digests(recipe).values())))
+    origin = {"digests": list(_digests(recipe).values()), "processes": processes}
+    _write(output / DATA_FILE, json.dumps(origin))
     _write(output / RECIPE_FILE, recipe.to_yaml())
     clean(output / CHECKPOINTS)
     if checkpoint:
@@ -328,10 +360,18 @@ def _start_output(recipe: Recipe, output: Path, checkpoint: Path | None) -> None
             (output / name).unlink(missing_ok=True)
 
 
-def _evaluate(recipe: Recipe, model: ViPyloQwen, records: Sequence[Record]) -> Evaluation:
-    """Compute as in training: FlashAttention 2 takes no float32."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
-        return evaluate(model, records)
+def _evaluate(recipe: Recipe, model: ViPyloQwen, evaluator: TasksEvaluator) -> Evaluation | None:
+    """What a model can do. All processes embed, so each must call it with a whole model; the first one gets it.
+
+    It computes as in training: FlashAttention 2 takes no float32.
+    """
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16)
+    with autocast, distributed_evaluation(model) as measures:
+        if not measures:
+            return None
+        evaluation = evaluate(model, evaluator.records)
+        check_best_metric(recipe, evaluation)
+        return evaluation
 
 
 def _add_metrics(path: Path, **evaluations: Evaluation) -> None:

@@ -12,6 +12,7 @@ from rank_workers import launch_environment, shard_on_cpu
 from sentence_transformers import SentenceTransformerTrainer
 from torch import distributed
 
+from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.train import run
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.interruption import TrainingInterrupted
@@ -19,9 +20,17 @@ from sentence_vipyloqwen.train.recipe import load_recipe
 from sentence_vipyloqwen.train.run import train
 
 
-def whole(settings: dict[str, Any]) -> bool:
-    """Train to the end; whether this rank evaluated."""
-    return train(load_recipe(None, settings), device="cpu").after is not None
+def whole(settings: dict[str, Any]) -> tuple[bool, int]:
+    """Train to the end; whether this rank evaluated, and how many inputs it embedded."""
+    embedded: list[int] = []
+    usual = ViPyloQwen._inference
+
+    def inference(self: ViPyloQwen, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        embedded.append(len(inputs))
+        return usual(self, inputs, *args, **kwargs)
+
+    ViPyloQwen._inference = inference
+    return train(load_recipe(None, settings), device="cpu").after is not None, sum(embedded)
 
 
 def signalled(settings: dict[str, Any], rank: int, step: int) -> str:
@@ -44,8 +53,8 @@ def poisoned(settings: dict[str, Any], rank: int, step: int) -> str:
     return ""
 
 
-def sharded(settings: dict[str, Any], step: int = 0) -> tuple[str, bool]:
-    """Train with the weights sharded, as on four GPUs; at a step, if any, rank 1 is sent SIGTERM. The end, `whole`."""
+def sharded(settings: dict[str, Any], step: int = 0) -> str:
+    """Train with the weights sharded, as on four GPUs; at a step, if any, rank 1 is sent SIGTERM. How it ended."""
     usual = run.trainer_class
 
     def trainer_class(*args: Any) -> Callable[..., Any]:
@@ -57,7 +66,12 @@ def sharded(settings: dict[str, Any], step: int = 0) -> tuple[str, bool]:
         return make
 
     run.trainer_class = trainer_class
-    return (signalled(settings, 1, step), False) if step else ("", whole(settings))
+    if step:
+        return signalled(settings, 1, step)
+    try:
+        return f"evaluated: {whole(settings)[0]}"
+    except ValueError as error:
+        return str(error)
 
 
 def _during_step(rank: int, step: int, work: Callable[[Any], Any]) -> None:

@@ -159,6 +159,35 @@ def test_other_records_under_the_same_name_are_another_run(recipe: Callable[...,
         train(recipe(save_steps=3), device="cpu")
 
 
+def test_a_run_goes_on_with_as_many_processes_as_before(recipe: Callable[..., Recipe], data: Path) -> None:
+    train(recipe(save_steps=3), device="cpu")
+    origin = json.loads((data / "run" / "data.json").read_text())
+    assert origin["processes"] == 1
+    (data / "run" / "data.json").write_text(json.dumps({**origin, "processes": 4}))
+    with pytest.raises(
+        ValueError, match=r"run in .*run began with 4 process\(es\); got 1\. .*: go on with 4, or choose"
+    ):
+        train(recipe(save_steps=3), device="cpu")
+
+
+@pytest.mark.parametrize("digests", [None, []])
+def test_a_run_of_an_earlier_version_goes_on(
+    recipe: Callable[..., Recipe], data: Path, caplog: pytest.LogCaptureFixture, digests: list[str] | None
+) -> None:
+    """It left no data.json, and then one that was a list of hashes alone."""
+    train(recipe(max_steps=2, save_steps=2), device="cpu")
+    file = data / "run" / "data.json"
+    known = json.loads(file.read_text())["digests"]
+    if digests is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(known))
+    with caplog.at_level("WARNING"):
+        train(recipe(max_steps=2, save_steps=2), device="cpu")
+    assert ("it is not checked whether" in caplog.text) is (digests is None)
+    assert json.loads(file.read_text()) == {"digests": known, "processes": 1}
+
+
 def test_what_was_measured_before_survives_a_kill(
     recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,9 +219,8 @@ def test_only_the_first_process_writes(
     recipe: Callable[..., Recipe], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SentenceTransformerTrainer, "is_world_process_zero", lambda self: False)
-    result = train(recipe(max_steps=1, eval=str(data / "train.jsonl")), device="cpu")
-    assert (result.before, result.after) == (None, None)
-    for name in ("recipe.yaml", "metrics.json", "model"):
+    train(recipe(max_steps=1), device="cpu")
+    for name in ("recipe.yaml", "data.json", "model"):
         assert not (data / "run" / name).exists()
 
 

@@ -19,7 +19,12 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.sampler import DefaultBatchSampler, ProportionalBatchSampler
+from sentence_transformers.base.sampler import (
+    DefaultBatchSampler,
+    MultiDatasetDefaultBatchSampler,
+    ProportionalBatchSampler,
+    RoundRobinBatchSampler,
+)
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler
 
 from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen
@@ -384,7 +389,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "get_world_size", lambda: 2)
 
 
-def shards(make: Callable[[], TaskMixBatchSampler], epoch: int) -> list[list[list[int]]]:
+def shards(make: Callable[[], MultiDatasetDefaultBatchSampler], epoch: int) -> list[list[list[int]]]:
     """The batches of two ranks, each with a sampler of its own, as accelerate deals them out in training."""
     samplers = [make(), make()]
     for sampler in samplers:
@@ -412,10 +417,18 @@ def test_ranks_may_work_on_different_tasks(splits: DatasetDict, two_ranks: None)
     assert turns_of(splits, first) != turns_of(splits, second)
 
 
-def test_the_callback_reaches_the_sampler_behind_both_wrappers(splits: DatasetDict, two_ranks: None) -> None:
+def round_robin(splits: DatasetDict, *, drop_last: bool) -> RoundRobinBatchSampler:
+    samplers = [split_sampler(split, drop_last=drop_last) for split in splits.values()]
+    return RoundRobinBatchSampler(ConcatDataset(list(splits.values())), samplers)
+
+
+@pytest.mark.parametrize("make", [mix_sampler, round_robin])
+def test_the_callback_reaches_the_sampler_behind_both_wrappers(
+    splits: DatasetDict, two_ranks: None, make: Callable[..., Any]
+) -> None:
     """On two ranks, a run that goes on in the middle of its second epoch."""
-    whole, _ = shards(lambda: mix_sampler(splits, drop_last=True), 1)
-    sampler = mix_sampler(splits, drop_last=True)
+    whole, _ = shards(lambda: make(splits, drop_last=True), 1)
+    sampler = make(splits, drop_last=True)
     shard = BatchSamplerShard(sampler, 2, 0, even_batches=False)
     loader = DataLoader(range(sum(SIZES.values())), batch_sampler=SkipBatchSampler(shard, 5))
     arguments = SimpleNamespace(gradient_accumulation_steps=2)
