@@ -1,0 +1,43 @@
+"""Making a model, and the whole job at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sentence_vipyloqwen.cli.shared import Device, make_screen
+
+
+def demo(
+    output: Annotated[Path, typer.Argument(help="Folder for data, model, index and pages.")] = Path("demo-output"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer end sooner and learn less.")] = None,
+) -> None:
+    """Do the whole job on a tiny model: create, train, evaluate, save, load, index, search.
+
+    Needs no GPU, no network and no model from a hub. Ends with a page of results to open in a browser.
+    """
+    from sentence_vipyloqwen.demo.run import run_demo
+
+    run_demo(output, overrides={"max_steps": steps} if steps else None, console=make_screen())
+
+
+def create(
+    base: Annotated[str, typer.Argument(help="Qwen2-VL checkpoint: Hub id or local folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the new model.")],
+    embedding_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an embedding.")] = 1024,
+    max_seq_length: Annotated[int, typer.Option(min=1, help="Most tokens of an input; only text is cut.")] = 8192,
+    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image; 784 make one token.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's own by default.")] = None,
+    device: Device = None,
+) -> None:
+    """Make a new, untrained embedding model of a Qwen2-VL checkpoint."""
+    from sentence_vipyloqwen import ViPyloQwen
+
+    pixels = {} if max_pixels is None else {"max_pixels": max_pixels}
+    model = ViPyloQwen.create(base, embedding_dim, max_seq_length=max_seq_length, dtype=dtype, device=device, **pixels)
+    model.save_pretrained(str(output))
+    make_screen().print(
+        f"Saved {output}: {embedding_dim} dimensions, prompts {', '.join(filter(model.prompts.get, model.prompts))}."
+    )

@@ -1,0 +1,95 @@
+"""What the commands share: options, loading of models, and how they speak."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from sentence_vipyloqwen.model import ViPyloQwen
+
+WIDTH_OF_A_PIPE = 140  # characters; a table of figures would be cut at the 80 that rich assumes
+
+
+def _check_device(device: str | None) -> str | None:
+    import torch
+
+    try:
+        return device and str(torch.device(device))
+    except RuntimeError as error:
+        raise ValueError(f"--device {device!r}: allowed are cpu, cuda, cuda:1 and so on, mps.") from error
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. The best at hand by default.", callback=_check_device),
+]
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a finished model.")]
+Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one forward pass.")]
+
+
+def load(path: str, device: str | None) -> ViPyloQwen:
+    """A finished model of ours."""
+    from sentence_vipyloqwen import ViPyloQwen
+
+    return ViPyloQwen(path, device=device)
+
+
+def load_any(path: str, device: str | None) -> SentenceTransformer:
+    """A finished model: ours, or any other."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(path, device=device) if _is_stock(path) else load(path, device)
+
+
+def _is_stock(path: str) -> bool:
+    """Whether a folder or Hub id is a finished model that is not of Qwen2-VL."""
+    import json
+
+    from sentence_transformers.util import load_file_path
+
+    from sentence_vipyloqwen.modules.qwen2_vl import MODEL_TYPE
+
+    modules, config = (load_file_path(path, name) for name in ("modules.json", "config.json"))
+    if modules is None:
+        return False  # nor is it ours: loading it tells
+    if not json.loads(Path(modules).read_bytes())[0]["type"].endswith(".Transformer"):
+        return True
+    return config is not None and json.loads(Path(config).read_bytes()).get("model_type") != MODEL_TYPE
+
+
+def device_of_rank() -> str | None:
+    """The accelerator of a process that torchrun started."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return None if rank is None or not torch.cuda.is_available() else f"cuda:{rank}"
+
+
+def tell_error(error: Exception) -> None:
+    """What went wrong, in a line."""
+    Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+
+
+def make_screen() -> Console:
+    """Where a command speaks; as wide as the terminal, or as a table needs."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
+
+
+def silence_libraries() -> None:
+    """transformers draws a bar for every load and save, torch warns of how torchao is written: no use to a command."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    set_verbosity_error()
+    disable_progress_bar()

@@ -1,0 +1,137 @@
+"""Training a model by a recipe, and measuring one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sentence_vipyloqwen.cli.shared import BatchSize, Device, Model, load, make_screen, tell_error
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file of settings, or a shipped one: viPyloqwen-2b.yaml (published run), tiny.yaml (CPU)."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="What to begin with: a Qwen2-VL checkpoint, or a finished model to go on with.")
+    ] = None,
+    train: Annotated[list[Path] | None, typer.Option(help="JSONL file of records; may be given often.")] = None,
+    eval: Annotated[
+        Path | None,
+        typer.Option(help="JSONL file of held-out records: measured before and after, and every eval_steps."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for all that the run writes; one for each run.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any setting of the recipe, its value as YAML; may be given often."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume", help="Go on from the last complete checkpoint in the output, or refuse to."
+        ),
+    ] = None,
+    show: Annotated[
+        bool,
+        typer.Option("--show", help="Print the recipe, comments and all, and do nothing: to copy, read and change."),
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Train a model by a recipe; run the same command again to go on after any end.
+
+    **Data.** One JSON object a line; `vipyloqwen validate` checks a file:
+
+    `{"task": "ocr", "anchor": {"image": ["a.png"], "text": "Số tiền?"}, "positive": "1.250.000 đ"}`
+
+    **Settings** come from the recipe; `--set` replaces one for this run. All are explained in the published run's
+    recipe: `vipyloqwen train --recipe viPyloqwen-2b.yaml --show`. What one changes most:
+
+    - *batch*: `batch_size` rows on each device; `loss_mini_batch_size=16` computes a large batch in parts that fit the
+      memory, `gather_negatives=true` contrasts it with the other devices' rows.
+
+    - *memory*: `gradient_checkpointing=true`, `bf16=true`, `tuning=lora` (or `qlora`), `frozen=[visual]`.
+
+    - *speed of learning*: `learning_rate=1e-4`, or by part `learning_rates={visual: 1e-5, linear: 1e-3}`.
+
+    - *length*: `epochs=2` or `max_steps=5000`; `eval_steps=500 best_metric=mean patience=5` keeps the best model and
+      ends when nothing improves.
+
+    - *safety*: `save_steps=500`.
+
+    **Several devices**: `accelerate launch --config_file FILE -m sentence_vipyloqwen train ...`, with a file of
+    `train/accelerate/` in the package.
+
+    **What the output holds**: `model/` (load it with `SentenceTransformer`), `training.html` (curves, to open in a
+    browser), `metrics.json`, `log.jsonl`, `recipe.yaml`, `checkpoints/`, and `tensorboard/` where that is installed.
+
+    **Ends.** Ctrl-C or SIGTERM: the step under way ends, a checkpoint is written, exit code 130 or 143; a second one
+    ends at once. A loss that is no number: the batch and the last good weights are in `stopped/`.
+
+    Example: `vipyloqwen train --recipe tiny.yaml --base my-base --train train.jsonl --output run --set epochs=3`
+    """
+    from sentence_vipyloqwen.train.batches import NonFiniteStep
+    from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
+    from sentence_vipyloqwen.train.recipe import load_recipe, recipe_text
+    from sentence_vipyloqwen.train.run import train as run
+
+    if show:
+        typer.echo(recipe_text(recipe or "viPyloqwen-2b.yaml"), nl=False)
+        return
+
+    given = {"base": base, "eval": eval and str(eval), "output": output and str(output)}
+    given |= {"train": [str(path) for path in train] if train else None, "resume": resume}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    settings = load_recipe(recipe, {**_settings(set_ or []), **overrides})
+    try:
+        result = run(settings, device=device)
+    except (NonFiniteStep, ProcessLost, TrainingInterrupted) as error:
+        tell_error(error)
+        raise typer.Exit(getattr(error, "exit_code", 1)) from error
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process of several speaks
+    screen = make_screen()
+    if result.after:
+        screen.print(result.after.table())
+    screen.print(f"Saved {result.model_path}: load it with SentenceTransformer or ViPyloQwen.")
+    screen.print(f"Curves and figures: {Path(settings.output) / 'training.html'}")
+
+
+def evaluate(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="JSONL file of held-out records.")],
+    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+) -> None:
+    """Measure a model: recall@k, MRR, nDCG@10, accuracy, and correlations for scored pairs; by language and domain."""
+    from sentence_vipyloqwen.train.evaluation import evaluate as measure
+
+    evaluation = measure(load(model, device), file, batch_size=batch_size, show_progress_bar=True)
+    make_screen().print(evaluation.table())
+    if json:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(evaluation.to_json() + "\n", encoding="utf-8")
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """The settings of ``--set KEY=VALUE``, each value read as YAML."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair!r}: write it as KEY=VALUE, e.g. --set epochs=3.")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+            raise ValueError(f"--set {pair!r}: the value is not YAML: {error}") from error
+    return settings
