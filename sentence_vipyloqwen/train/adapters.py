@@ -62,18 +62,38 @@ def add_lora(
     with torch.random.fork_rng():  # peft draws from the global state
         torch.manual_seed(seed)
         model.add_adapter(configuration)
+    _keep_four_bits_trainable(model)
 
 
-def four_bits() -> dict[str, Any]:
+def _keep_four_bits_trainable(model: nn.Module) -> None:
+    """Keep evaluation from changing layers in 4 bits so that they can be trained no more.
+
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) turns the weights of a layer that is evaluated into a form without a
+    backward pass, and leaves them in it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def four_bits(device: torch.device) -> dict[str, Any]:
     """Arguments for ``from_pretrained`` that load the language model's linear layers in 4 bits (NF4), for QLoRA.
+
+    Args:
+        device: Where the model is trained.
 
     Raises:
         ImportError: If ``bitsandbytes`` is not installed.
-        ValueError: If there is no CUDA device.
+        ValueError: If the installed one has no NF4 for this kind of device.
     """
-    if not torch.cuda.is_available():
-        raise ValueError("tuning is 'qlora', which needs a CUDA device; allowed here are 'lora' and 'full'.")
-    require("bitsandbytes", "qlora")
+    bitsandbytes = require("bitsandbytes", "qlora")
+    try:
+        bitsandbytes.functional.quantize_4bit(torch.zeros(64, device=device), quant_type="nf4")
+    except RuntimeError as error:
+        raise ValueError(
+            f"tuning is 'qlora'; bitsandbytes {bitsandbytes.__version__} has no NF4 for the device {device.type!r}: "
+            f"{error}. Allowed here are 'lora' and 'full', or a newer one that has it (pip install -U bitsandbytes)."
+        ) from error
     from transformers import BitsAndBytesConfig
 
     configuration = BitsAndBytesConfig(

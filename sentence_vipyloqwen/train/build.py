@@ -45,7 +45,7 @@ def make_model(
     else:
         with arguments.main_process_first(local=False, desc="saving the base of the adapter"):
             base = recipe.base if is_finished_model(recipe.base) else _saved_base(recipe, output / BASE)
-        extra = four_bits() if recipe.tuning == QLORA else {}
+        extra = four_bits(arguments.device) if recipe.tuning == QLORA else {}
         model = ViPyloQwen(base, device=device, model_kwargs={**model_options(recipe), **extra})
         _check_sizes(_given_sizes(recipe), model, recipe.base)
         add_lora(

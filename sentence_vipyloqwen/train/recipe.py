@@ -82,7 +82,7 @@ class Recipe:
             dense head; e.g. ``{"visual": 1e-5, "linear": 1e-3}``.
         frozen: Regular expressions; parameters whose names one of them finds are not trained, e.g. ``["visual"]``.
         tuning: ``full`` trains every weight; ``lora`` an adapter and the head (extra ``lora``); ``qlora`` the same on a
-            base in 4 bits (extra ``qlora``, CUDA).
+            base in 4 bits (extra ``qlora``).
         lora_r: Rank of the adapter's updates.
         lora_alpha: Their scale, divided by the rank.
         lora_dropout: Share of the adapter's inputs dropped in training.

@@ -51,7 +51,7 @@ from sentence_vipyloqwen.train.dataset import load_tasks
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
 from sentence_vipyloqwen.train.interruption import StopOnSignal, TrainingInterrupted, explaining
 from sentence_vipyloqwen.train.progress import LOG_FILE, TrainingProgress, trim_log
-from sentence_vipyloqwen.train.recipe import FULL, Recipe, load_recipe
+from sentence_vipyloqwen.train.recipe import FULL, QLORA, Recipe, load_recipe
 from sentence_vipyloqwen.train.report import write_training_report
 from sentence_vipyloqwen.train.sampling import SamplingCallback, mixed_splits
 from sentence_vipyloqwen.train.task_losses import TaskLosses
@@ -140,7 +140,9 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     with explaining(output):
         model_path = _save(recipe, parts.trainer, output)
     PartialState().wait_for_everyone()  # the folder is whole
-    trained = ViPyloQwen(model_path, device=device) if is_sharded(model) else model
+    # What is measured is what the folder holds: whole weights, and floats where the adapter was trained on 4 bits.
+    loads = is_sharded(model) or recipe.tuning == QLORA
+    trained = ViPyloQwen(model_path, device=device) if loads else model
     after = _evaluate(recipe, trained, evaluator) if evaluator else None
     if after:
         _add_metrics(output / METRICS_FILE, after=after)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,12 +132,20 @@ def test_another_adapter_is_refused(recipe: Make, data: Path, folder: Path) -> N
         load_adapter_state(model, data / "run" / "adapter")
 
 
-def test_qlora_needs_an_accelerator_and_says_so(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="tuning is 'qlora', which needs a CUDA device; allowed here are 'lora'"):
+def test_qlora_is_refused_where_its_library_lacks_it(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What trains with it: `tests/integration/test_qlora.py`."""
+
+    def quantize_4bit(values: torch.Tensor, quant_type: str) -> None:
+        raise NotImplementedError(f"no {quant_type} on {values.device.type}")
+
+    library = SimpleNamespace(__version__="0.1", functional=SimpleNamespace(quantize_4bit=quantize_4bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    told = "tuning is 'qlora'; bitsandbytes 0.1 has no NF4 for the device 'cpu': no nf4 on cpu. Allowed here are 'lora'"
+    with pytest.raises(ValueError, match=told):
         train(recipe(**{**LORA, "tuning": "qlora"}), device="cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'sentence-vipyloqwen\[qlora\]'"):
-        four_bits()
+        four_bits(torch.device("cpu"))
 
 
 def test_the_seam_by_which_weights_are_loaded_is_where_it_was() -> None:
