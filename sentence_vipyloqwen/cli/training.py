@@ -51,20 +51,34 @@ def train(
 
     `{"task": "ocr", "anchor": {"image": ["a.png"], "text": "Số tiền?"}, "positive": "1.250.000 đ"}`
 
-    **Settings** come from the recipe; `--set` replaces one for this run. All are explained in the published run's
-    recipe: `vipyloqwen train --recipe viPyloqwen-2b.yaml --show`. What one changes most:
+    The task is text_pair (which needs a `score` from 0 to 1), instr, ocr, vqa_single, vqa_multi, or left out for plain
+    pairs; it says which losses apply. `negative` may name a wrong answer.
 
-    - *batch*: `batch_size` rows on each device; `loss_mini_batch_size=16` computes a large batch in parts that fit the
-      memory, `gather_negatives=true` contrasts it with the other devices' rows.
+    **Settings** come from a recipe; `--set` replaces one for this run, in quotes where it has spaces. Two recipes come
+    with the package: `tiny.yaml`, a run on two CPU cores, and `viPyloqwen-2b.yaml`, the published run, whose comments
+    explain every setting and what else to try. Read one with `vipyloqwen train --recipe viPyloqwen-2b.yaml --show`,
+    copy it to a file, change it, and give the file to `--recipe`. What one changes most:
+
+    - *batch*: `batch_size=24` rows on each device. Large batches in little memory (GradCache): the loss contrasts all
+      rows but computes them in mini-batches, of `loss_mini_batch_size=16` rows or as many as fit
+      `loss_mini_batch_tokens=16384`. `gather_negatives=true` contrasts them with the other devices' rows.
 
     - *memory*: `gradient_checkpointing=true`, `bf16=true`, `tuning=lora` (or `qlora`), `frozen=[visual]`.
+
+    - *images*: beside `frozen=[visual]`, `vision_cache=FOLDER` keeps what the vision tower makes of each image, so that
+      it is computed once for all epochs and runs; `group_images=8` computes a page once for up to eight questions on it.
+
+    - *what is learnt when*: `mix={text: 1, multimodal: 2}` gives tasks, or all of a kind, their share of the batches;
+      `curriculum=[{until: 0.3, mix: {text: 1, multimodal: 0}}, {until: 1, mix: {text: 1, multimodal: 2}}]` changes the
+      mix as the run goes on.
 
     - *speed of learning*: `learning_rate=1e-4`, or by part `learning_rates={visual: 1e-5, linear: 1e-3}`.
 
     - *length*: `epochs=2` or `max_steps=5000`; `eval_steps=500 best_metric=mean patience=5` keeps the best model and
       ends when nothing improves.
 
-    - *safety*: `save_steps=500`.
+    - *safety*: `save_steps=500` writes checkpoints. After any end, the same command resumes from the last complete one,
+      with the rows that were to come next; `--no-resume` refuses where there is one.
 
     **Several devices**: `accelerate launch --config_file FILE -m sentence_vipyloqwen train ...`, with a file of
     `train/accelerate/` in the package.

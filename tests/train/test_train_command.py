@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +12,10 @@ import pytest
 import yaml
 
 from sentence_vipyloqwen import cli
+from sentence_vipyloqwen.cli import training
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
-from sentence_vipyloqwen.train.recipe import recipe_text
+from sentence_vipyloqwen.train.recipe import load_recipe, recipe_text, shipped_recipes
 
 COMMAND = ("train", "--base", "b", "--train", "t.jsonl", "--output", "runs/a")
 
@@ -32,6 +35,26 @@ def test_a_recipe_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert yaml.safe_load(shown)["base"] == "Qwen/Qwen2-VL-2B-Instruct"
     assert run(monkeypatch, "train", "--recipe", "tiny.yaml", "--show") == 0
     assert capsys.readouterr().out == recipe_text("tiny.yaml")
+
+
+def test_help_teaches_what_a_newcomer_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "train", "--help") == 0
+    told = capsys.readouterr().out
+    for name in ("mix", "curriculum", "vision_cache", "loss_mini_batch_tokens", "save_steps", *shipped_recipes()):
+        assert name in told
+    assert "--recipe viPyloqwen-2b.yaml --show" in " ".join(told.split())
+
+
+def test_every_setting_in_the_help_may_be_given() -> None:
+    lines = re.findall(r"`([a-z_]+=.*?)`", " ".join((training.train.__doc__ or "").split()))
+    pairs = [pair for line in lines for pair in (shlex.split(line) if line.count("=") > 1 else [line])]
+    assert len(pairs) > 15
+    always = {"base": "b", "train": "t.jsonl", "output": "o", "eval": "e.jsonl", "eval_steps": 1, "best_metric": "mean"}
+    for pair in pairs:
+        beside = always | ({"frozen": ["visual"]} if "vision_cache" in pair else {})
+        load_recipe(overrides=beside | training._settings([pair]))
 
 
 @pytest.mark.parametrize(
