@@ -66,7 +66,7 @@ def train(
     - *memory*: `gradient_checkpointing=true`, `bf16=true`, `tuning=lora` (or `qlora`), `frozen=[visual]`.
 
     - *images*: beside `frozen=[visual]`, `vision_cache=FOLDER` keeps what the vision tower makes of each image, so that
-      it is computed once for all epochs and runs; `group_images=8` computes a page once for up to eight questions on it.
+      it is computed once for all epochs and runs; `group_images=8` computes a page once for up to eight questions.
 
     - *what is learnt when*: `mix={text: 1, multimodal: 2}` gives tasks, or all of a kind, their share of the batches;
       `curriculum=[{until: 0.3, mix: {text: 1, multimodal: 0}}, {until: 1, mix: {text: 1, multimodal: 2}}]` changes the
