@@ -3,7 +3,7 @@
     python examples/refine_image_search.py MODEL [OUTPUT]
 
 MODEL is the folder or Hub id of a finished model, e.g. demo-output/training/model. OUTPUT (example-output by default)
-receives drawn pictures, their index, and results.html.
+receives drawn pictures, as those of cross_modal_retrieval.py beside it, their index, and results.html.
 
 There are two ways, and which one serves better depends on the model:
 
@@ -17,21 +17,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from cross_modal_retrieval import SHAPES, draw
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen
 from sentence_vipyloqwen.index import SearchResult, write_report
-
-CORNERS = {"circle": 32, "rectangle": 4, "triangle": 3}  # a polygon of many corners is round
-
-
-def draw(path: Path, color: str, shape: str) -> str:
-    """Draw a shape; the path of the picture."""
-    image = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(image).regular_polygon((32, 32, 20), CORNERS[shape], fill=color)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return str(path)
 
 
 def mix(image: np.ndarray, words: np.ndarray, share: float) -> np.ndarray:
@@ -46,7 +35,7 @@ if __name__ == "__main__":
     items = [
         {"id": f"{color} {shape}", "image": draw(output / f"{color}-{shape}.png", color, shape)}
         for color in ("red", "green", "blue")
-        for shape in CORNERS
+        for shape in SHAPES
     ]
     index = VectorIndex.build(model, items, output / "index", overwrite=True)
     picture, words = draw(output / "query.png", "red", "circle"), "màu xanh lá cây"

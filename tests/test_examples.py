@@ -37,6 +37,12 @@ IN_INTEGRATION = ("encode_with_ray.py", "export_to_qdrant.py")
 Run = Callable[[str], str]
 
 
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example may import another one: Python puts a script's folder first."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
 @pytest.fixture
 def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run an example, its OUTPUT being the test's folder; what it printed."""
