@@ -288,9 +288,10 @@ def out_of_memory_above(tokens: int, error: Exception) -> Callable[[Forwards], N
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
-    ids=["accelerator", "linux", "windows", "python"],
+    ids=["accelerator", "linux", "windows", "cublas", "python"],
 )
 def test_where_memory_runs_out_the_budget_is_halved(
     model: ViPyloQwen,

@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, TypeAlias, TypeVar
 
-from accelerate.utils.memory import clear_device_cache
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from sentence_vipyloqwen.modules.batching import Load, PlannedImage, PlannedRow, plan_batches
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 Features: TypeAlias = dict[str, Any]
 Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""What a ``RuntimeError`` says when memory runs out: on accelerators, on Linux, on Windows."""
+_OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What a ``RuntimeError`` says when memory runs out and accelerate does not know it: on Windows, in cuBLAS."""
 
 
 def embed(
@@ -156,7 +157,9 @@ def _run(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _smaller(budget: Load, failed: Mapping[int, PlannedRow]) -> Load:
