@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -146,6 +147,19 @@ def test_an_index_of_several_shards_is_exported_as_it_is_now(
         theirs = client.query_points("items", query=query.tolist(), query_filter=condition, limit=5).points
         assert [point.payload["id"] for point in theirs] == [hit.id for hit in hits]
         np.testing.assert_allclose([point.score for point in theirs], [hit.score for hit in hits], **CLOSE)
+
+
+# --- SQL over the shards ---
+
+
+def test_duckdb_filters_by_keys_of_metadata(model: ViPyloQwen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = runpy.run_path(str(Path(__file__).parents[1] / "index" / "test_other_tools.py"))
+    index = guide["build"](model, tmp_path / "my-index")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(guide["snippet"]("duckdb"), found)
+    hits = index.search("mục", k=99, where="lang = 'vi' AND page >= 2")
+    assert found["ids"] == sorted(hit.id for hit in hits) == ["04", "05", "08", "10", "11"]
 
 
 # --- frameworks; each loads the portable folder by stock Sentence Transformers ---
