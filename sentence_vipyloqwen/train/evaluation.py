@@ -12,6 +12,9 @@ The texts bear their prefix, as in training. All distinct inputs of the file are
 - **text_pair**. Spearman and Pearson correlation of the cosine with the record's score.
 
 A breakdown by ``lang`` or ``domain`` averages over the queries of that group, against all candidates of the task.
+
+For a model that was trained for several sizes (Matryoshka), all of it can be measured at each: by the first numbers of
+the same embeddings, normalised anew.
 """
 
 from __future__ import annotations
@@ -21,16 +24,18 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import SentenceEvaluator
+from torch.nn import functional
 
 from sentence_vipyloqwen.tasks import ALL_TASKS, SCORE_MSE
 from sentence_vipyloqwen.train import metrics
@@ -110,9 +115,15 @@ class TaskResult(GroupResult):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured: task name -> result, in the order of the task table."""
+    """What `evaluate` measured.
+
+    Attributes:
+        tasks: Task name -> result, in the order of the task table.
+        dims: Fewer dimensions -> what was measured by the first so many numbers of the embeddings, as far as asked for.
+    """
 
     tasks: dict[str, TaskResult]
+    dims: dict[int, Evaluation] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -123,14 +134,15 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts and numbers, NaN as ``None``."""
         tasks = {name: {**asdict(result), "headline": result.headline} for name, result in self.tasks.items()}
-        return _without_nan({"mean": self.mean, "tasks": tasks})
+        fewer = {"dims": {str(size): of_size.to_dict() for size, of_size in self.dims.items()}} if self.dims else {}
+        return _without_nan({"mean": self.mean, "tasks": tasks, **fewer})
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=2, allow_nan=False)
 
     def table(self) -> Table:
-        """A table for the screen: a row for each task and, below it, for each of its groups."""
+        """A table for the screen: a row for each task and, below it, for each of its groups and each size."""
         measured = {metric for result in self.tasks.values() for metric in result.metrics}
         columns = [metric for metric in COLUMN_TITLES if metric in measured]
         table = Table(title=f"mean of the headlines (*): {self.mean:.3f}", box=box.SIMPLE, show_edge=False, padding=0)
@@ -144,6 +156,9 @@ class Evaluation:
                 for group, part in getattr(result, kind).items():
                     numbers = _table_numbers(part, columns)
                     table.add_row(f"  {kind} {escape(group)}", str(part.queries), "", *numbers)
+            for size, of_size in self.dims.items():
+                numbers = _table_numbers(of_size.tasks[name], columns, result.headline)
+                table.add_row(f"  {size} dims", str(result.queries), "", *numbers)
         return table
 
 
@@ -151,6 +166,7 @@ def evaluate(
     model: SentenceTransformer,
     path_or_records: StrPath | Iterable[Record],
     *,
+    dims: Iterable[int] = (),
     batch_size: int = 64,
     show_progress_bar: bool | None = None,
 ) -> Evaluation:
@@ -159,6 +175,7 @@ def evaluate(
     Args:
         model: A `ViPyloQwen`, or any `SentenceTransformer` that takes the records' inputs.
         path_or_records: A JSONL file of records, or the records. They and their embeddings are held in memory.
+        dims: Sizes to measure at beside the whole embedding: by its first so many numbers. Its own size is no other.
         batch_size: Passed to `model.encode`.
         show_progress_bar: Passed to `model.encode`.
 
@@ -167,7 +184,7 @@ def evaluate(
 
     Raises:
         RecordError: If the file has a line that is not a record.
-        ValueError: If there is no record, or the model gives an embedding that is not finite.
+        ValueError: If there is no record, an embedding has fewer dimensions than asked for, or one is not finite.
     """
     records = _read(path_or_records)
     inputs = list(dict.fromkeys(side for record in records for side in (record.anchor, record.positive)))
@@ -181,22 +198,43 @@ def evaluate(
     if not np.isfinite(vectors).all():
         bad = inputs[int(np.argmin(np.isfinite(vectors).all(axis=1)))]
         raise ValueError(f"the model's embedding of {bad.as_input()!r:.200} is not finite; allowed: numbers")
-    embedded = _Embedded({side: row for row, side in enumerate(inputs)}, vectors)
+    width = vectors.shape[1]
+    sizes = sorted(set(dims), reverse=True)
+    if unfit := [size for size in sizes if not 1 <= size <= width]:
+        raise ValueError(f"dims has {unfit}; allowed are sizes from 1 to the embedding's own, {width}.")
+    rows = {side: row for row, side in enumerate(inputs)}
+
+    def measure(size: int) -> dict[str, TaskResult]:
+        return _evaluate_tasks(records, _Embedded(rows, _cut_to(vectors, size)))
+
+    return Evaluation(measure(width), {size: Evaluation(measure(size)) for size in sizes if size < width})
+
+
+def _cut_to(vectors: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """The first numbers of each vector, normalised anew as `encode` does it; all of them as they are."""
+    if size == vectors.shape[1]:
+        return vectors
+    return functional.normalize(torch.from_numpy(vectors[:, :size]), dim=1).numpy()
+
+
+def _evaluate_tasks(records: Sequence[Record], embedded: _Embedded) -> dict[str, TaskResult]:
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_task[record.task.name].append(record)
-    return Evaluation({name: _evaluate_task(by_task[name], embedded) for name in ALL_TASKS if name in by_task})
+    return {name: _evaluate_task(by_task[name], embedded) for name in ALL_TASKS if name in by_task}
 
 
 class TasksEvaluator(SentenceEvaluator):
     """`evaluate` as an evaluator of `SentenceTransformerTrainer`, for ``evaluator=``.
 
     It returns every task's measures as ``<task>_<metric>``, such as ``ocr_recall@1``, and the mean of the tasks'
-    headline metrics as ``tasks_mean``, the primary metric (``metric_for_best_model="eval_tasks_mean"``).
+    headline metrics as ``tasks_mean``, the primary metric (``metric_for_best_model="eval_tasks_mean"``). At fewer
+    dimensions it returns that mean and each task's headline metric: ``dim256_tasks_mean``, ``dim256_ocr_ndcg@10``.
 
     Args:
         path_or_records: A JSONL file of records, or the records; read once, here.
         name: Put in front of every metric's name, with an underscore.
+        dims: Sizes to measure at beside the whole embedding.
         batch_size: Passed to `model.encode`.
         show_progress_bar: Passed to `model.encode`.
 
@@ -210,12 +248,14 @@ class TasksEvaluator(SentenceEvaluator):
         path_or_records: StrPath | Iterable[Record],
         *,
         name: str = "",
+        dims: Iterable[int] = (),
         batch_size: int = 64,
         show_progress_bar: bool | None = False,
     ) -> None:
         super().__init__()
         self.records = _read(path_or_records)
         self.name = name
+        self.dims = tuple(dims)
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
         self.primary_metric = "tasks_mean"
@@ -224,10 +264,15 @@ class TasksEvaluator(SentenceEvaluator):
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """Evaluate the model; see `evaluate`. Nothing is written to `output_path`."""
-        evaluation = evaluate(model, self.records, batch_size=self.batch_size, show_progress_bar=self.show_progress_bar)
+        options = {"batch_size": self.batch_size, "show_progress_bar": self.show_progress_bar}
+        evaluation = evaluate(model, self.records, dims=self.dims, **options)
         measured = {"tasks_mean": evaluation.mean}
         for task, result in evaluation.tasks.items():
             measured.update({f"{task}_{metric}": value for metric, value in result.metrics.items()})
+        for size, of_size in evaluation.dims.items():
+            measured[f"dim{size}_tasks_mean"] = of_size.mean
+            for task, result in of_size.tasks.items():
+                measured[f"dim{size}_{task}_{result.headline}"] = result.metrics[result.headline]
         measured = self.prefix_name_to_metrics(measured, self.name)
         self.store_metrics_in_model_card_data(model, measured, epoch, steps)
         return measured

@@ -126,9 +126,12 @@ def facts(log: Log, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("loss", f"{losses[0][1]:.3f} → {losses[-1][1]:.3f}" if len(losses) > 1 else f"{losses[0][1]:.3f}")
         )
-    means = [metrics[when]["mean"] for when in ("before", "after") if when in metrics]
-    if means:
-        found.append(("mean of the headline metrics", " → ".join(f"{mean:.3f}" for mean in means)))
+    measured = [metrics[when] for when in ("before", "after") if when in metrics]
+    if measured:
+        found.append(("mean of the headline metrics", " → ".join(f"{of['mean']:.3f}" for of in measured)))
+    for size in measured[-1].get("dims", {}) if measured else ():
+        means = [of["dims"][size]["mean"] for of in measured if size in of.get("dims", {})]
+        found.append((f"the same at {size} dimensions", " → ".join(f"{mean:.3f}" for mean in means)))
     for name, key, form in (
         ("rows a second", ROWS_RATE, ",.1f"),
         ("tokens a second", TOKENS_RATE, ",.0f"),

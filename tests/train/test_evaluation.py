@@ -252,6 +252,34 @@ def test_the_evaluator_returns_flat_metrics_and_tells_the_model_card():
     assert model.model_card_data.format_eval_metrics()["eval_metrics"][0]["description"] == "Prefixed Tasks"
 
 
+def test_fewer_dimensions_are_measured_as_a_model_cut_to_them_measures():
+    """By the first numbers, normalised anew: neither their length nor what is cut away counts."""
+    rows = [record("ocr", f"q{i}", f"p{i}") for i in range(6)] + [
+        record("text_pair", f"a{i}", f"b{i}", score=i / 6) for i in range(6)
+    ]
+    model = tiny(hashed)
+    result = evaluate(model, rows, dims=[2, 8, 4])
+    assert list(result.dims) == [4, 2]  # its own size is no other
+    for size, of_size in result.dims.items():
+        cut = evaluate(SentenceTransformer(modules=list(model), device="cpu", truncate_dim=size), rows)
+        assert of_size.to_dict() == cut.to_dict()
+        assert of_size.mean != result.mean
+    data = json.loads(result.to_json())
+    assert {size: of_size["mean"] for size, of_size in data["dims"].items()} == {
+        str(size): of_size.mean for size, of_size in result.dims.items()
+    }
+    assert sum(line.split()[:2] == ["4", "dims"] for line in rendered(result).splitlines()) == 2
+    metrics = TasksEvaluator(rows, name="dev", dims=(4, 2))(model)
+    assert metrics["dev_tasks_mean"] == result.mean
+    assert metrics["dev_dim2_tasks_mean"] == result.dims[2].mean
+    assert metrics["dev_dim4_ocr_ndcg@10"] == result.dims[4].tasks["ocr"].metrics["ndcg@10"]
+
+
+def test_more_dimensions_than_there_are_cannot_be_measured():
+    with pytest.raises(ValueError, match=r"dims has \[9, 0\]; allowed are sizes from 1 to the embedding's own, 8"):
+        evaluate(tiny(hashed), [record("general", "a", "b")], dims=[0, 4, 9])
+
+
 def test_without_a_name_metrics_begin_with_their_task():
     model, rows = pairs_and_circle()
     evaluator = TasksEvaluator(rows)

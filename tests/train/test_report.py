@@ -128,6 +128,11 @@ def test_facts_come_from_what_there_is() -> None:
         ("rows a second", "30.0"),
     ]
     assert facts([{"step": 1}], {}) == [("steps", "1")]
+    sizes = {
+        "before": {"mean": 0.2, "dims": {"4": {"mean": 0.1}}},
+        "after": {"mean": 0.6, "dims": {"4": {"mean": 0.5}}},
+    }
+    assert ("the same at 4 dimensions", "0.100 → 0.500") in facts(LOG, sizes)
 
 
 def test_terms_of_a_task_are_drawn_in_the_order_of_the_loss() -> None:
