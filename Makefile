@@ -12,7 +12,7 @@ test: .venv/installed check  ## Style and every test
 	$(BIN)/python -m pytest -n auto
 
 test-integration: .venv/installed-integration  ## Tests in a browser and beside other tools: CONTRIBUTING.md
-	$(BIN)/python -m pytest -n 0 tests/integration
+	$(BIN)/python -m pytest -n 0 -v --durations=10 tests/integration
 
 check: .venv/installed  ## Style: ruff's lint and format
 	$(BIN)/ruff check .
