@@ -44,6 +44,7 @@ from sentence_vipyloqwen.modules.patches import (
 from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, RenderedInput, add_task_tokens, render
 from sentence_vipyloqwen.modules.spool import Spool
 from sentence_vipyloqwen.modules.vision_cache import ShownImage, VisionCache, check_frozen
+from sentence_vipyloqwen.modules.whole_weights import whole_weights
 
 Made = TypeVar("Made")
 
@@ -535,7 +536,8 @@ def _load_parts(
         if options.get("trust_remote_code") or options.get("use_safetensors") is False:
             raise ValueError(f"Code of a folder is never run, nor are pickled weights loaded; got {dict(options)}.")
     config = _load_config(path, hub, config_kwargs)
-    model = Qwen2VLModel.from_pretrained(path, config=config, **{**hub, "use_safetensors": True, **model_kwargs})
+    with whole_weights():
+        model = Qwen2VLModel.from_pretrained(path, config=config, **{**hub, "use_safetensors": True, **model_kwargs})
     tokenizer_kwargs = {key: value for key, value in processor_kwargs.items() if key not in _PIXEL_KEYS}
     pixels = {key: value for key, value in processor_kwargs.items() if key in _PIXEL_KEYS}
     tokenizer = AutoTokenizer.from_pretrained(path, **{**hub, **tokenizer_kwargs})

@@ -21,6 +21,7 @@ from sentence_vipyloqwen.extras import require
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.modules import DenseHead
 from sentence_vipyloqwen.modules.sharding import is_sharded
+from sentence_vipyloqwen.modules.whole_weights import whole_weights
 from sentence_vipyloqwen.train.trainer import ViPyloQwenTrainer
 
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
@@ -59,7 +60,7 @@ def add_lora(
     configuration = peft.LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="FEATURE_EXTRACTION"
     )
-    with torch.random.fork_rng():  # peft draws from the global state
+    with torch.random.fork_rng(), whole_weights():  # peft draws from the global state
         torch.manual_seed(seed)
         model.add_adapter(configuration)
     _keep_four_bits_trainable(model)
@@ -132,7 +133,8 @@ def merge_adapter(adapter: Path, output: Path, model_kwargs: Mapping[str, Any] |
     peft = require("peft", "lora")
     base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model = ViPyloQwen(base, device="cpu", model_kwargs=dict(model_kwargs or {}))
-    model[0].model = peft.PeftModel.from_pretrained(model[0].model, str(adapter)).merge_and_unload()
+    with whole_weights():
+        model[0].model = peft.PeftModel.from_pretrained(model[0].model, str(adapter)).merge_and_unload()
     _load_head(model, adapter)
     model.save_pretrained(str(output))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX
 from sentence_vipyloqwen.modules.images import describe
@@ -111,7 +111,7 @@ class StopOnNonFinite(TrainerCallback):
 
     def __init__(self, watch: BatchWatch, folder: Path, tokenizer: Any) -> None:
         self.watch, self.folder, self.tokenizer = watch, folder, tokenizer
-        self.save_model: Any = None  # the trainer's public method, which knows how to save what is sharded
+        self.trainer: Trainer | None = None  # it knows how to save what is sharded; set when it is made
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -122,20 +122,26 @@ class StopOnNonFinite(TrainerCallback):
             NonFiniteStep: If one is not a number; the message says where the evidence lies.
         """
         losses = all(bool(batch.is_finite()) for batch in self.watch.batches)
-        if not any_rank(not (losses and gradients_are_finite(model))):
+        if not any_rank(not (losses and self._gradients_are_finite(model))):
             return
         step = state.global_step + 1
         folder = self.folder / f"step-{step}"
         for number, batch in enumerate(self.watch.batches):
             save_batch(batch, folder / f"rank-{args.process_index}-batch-{number}", self.tokenizer)
-        if self.save_model is not None:
-            self.save_model(str(folder / "model"))
+        if self.trainer is not None:
+            self.trainer.save_model(str(folder / "model"))
         what = "gradient" if losses else "loss"
         raise NonFiniteStep(
             f"the {what} of step {step} is NaN or infinite, so the step was not taken. The batch is in {folder}, the "
             f"weights of step {state.global_step} in {folder / 'model'}. Where the batch is sound, a lower "
             "learning_rate, a longer warm-up or a lower max_grad_norm helps most, in another output folder."
         )
+
+    def _gradients_are_finite(self, model: nn.Module) -> bool:
+        """DeepSpeed has let go of the gradients by now, and left out the step itself if their norm was no number."""
+        if engine := getattr(self.trainer, "deepspeed", None):
+            return math.isfinite(engine.get_global_grad_norm())
+        return gradients_are_finite(model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the batches of a good step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
+from torch import distributed
 from transformers import PrinterCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -149,9 +151,16 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
         _report(output)
     return TrainingResult(trained, model_path, before, after)
 
+    atexit.register(_leave_group)
 
 @dataclass(frozen=True)
 class _Parts:
+def _leave_group() -> None:
+    """Processes of a group that is never left may wait for each other when they end."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
     """The trainer, and those of its callbacks that the run itself speaks to."""
 
     trainer: SentenceTransformerTrainer
@@ -198,8 +207,8 @@ def _make_parts(
             "gather the vision tower's weights together. Replicate the model (accelerate launch --multi_gpu)."
         )
     trainer.remove_callback(PrinterCallback)
-    finite.save_model = trainer.save_model
-    return _Parts(trainer, progress, watch, stop)
+    finite.trainer = trainer
+    return _Parts(trainer, progress, watch, stop, memory)
 
 
 def _train(trainer: SentenceTransformerTrainer, stop: StopOnSignal, checkpoint: Path | None) -> None:
