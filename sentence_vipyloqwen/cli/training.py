@@ -93,6 +93,7 @@ def train(
     """
     from sentence_vipyloqwen.train.batches import NonFiniteStep
     from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
+    from sentence_vipyloqwen.train.memory import OutOfMemory
     from sentence_vipyloqwen.train.recipe import load_recipe, recipe_text
     from sentence_vipyloqwen.train.run import train as run
 
@@ -106,7 +107,7 @@ def train(
     settings = load_recipe(recipe, {**_settings(set_ or []), **overrides})
     try:
         result = run(settings, device=device)
-    except (NonFiniteStep, ProcessLost, TrainingInterrupted) as error:
+    except (NonFiniteStep, OutOfMemory, ProcessLost, TrainingInterrupted) as error:
         tell_error(error)
         raise typer.Exit(getattr(error, "exit_code", 1)) from error
     if os.environ.get("RANK", "0") != "0":

@@ -52,6 +52,7 @@ from sentence_vipyloqwen.train.checkpoints import (
 from sentence_vipyloqwen.train.dataset import load_tasks
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
 from sentence_vipyloqwen.train.interruption import StopOnSignal, TrainingInterrupted, explaining
+from sentence_vipyloqwen.train.memory import MemoryAdvice
 from sentence_vipyloqwen.train.progress import LOG_FILE, TrainingProgress, trim_log
 from sentence_vipyloqwen.train.recipe import FULL, QLORA, Recipe, load_recipe
 from sentence_vipyloqwen.train.report import write_training_report
@@ -106,6 +107,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
         ValueError: If the output folder holds a run of other settings, or one that is not to be resumed.
         TrainingInterrupted: If a signal ended the run; its ``exit_code`` is the shell's.
         NonFiniteStep: If the loss or the gradients of a step were NaN or infinite; the batch is in ``stopped/``.
+        OutOfMemory: If memory does not suffice for a step; the message names its batch and what to change.
         OSError: If the disk is full; what was complete is intact.
     """
     output = Path(recipe.output)
@@ -113,7 +115,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     checkpoint = _find_checkpoint(recipe, output, arguments.world_size)
     # 1. Data and model.
     dataset = load_tasks(recipe.train, on_error=recipe.on_error, show_progress_bar=True)
-    evaluator = TasksEvaluator(recipe.eval) if recipe.eval else None
+    evaluator = TasksEvaluator(recipe.eval, dims=recipe.matryoshka_dims) if recipe.eval else None
     model = make_model(recipe, arguments, output, device)
     # 2. The trainer; it knows which of several processes writes.
     parts = _make_parts(recipe, arguments, model, dataset, evaluator)
@@ -127,7 +129,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
         _add_metrics(output / METRICS_FILE, before=before)
     try:
         if checkpoint is None or not has_ended(checkpoint):
-            _train(parts.trainer, parts.stop, checkpoint)
+            _train(parts, checkpoint)
         elif not recipe.best_metric:
             parts.trainer._load_from_checkpoint(str(checkpoint))  # the seam of `_load_best`
     finally:
@@ -149,24 +151,25 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     if after:
         _add_metrics(output / METRICS_FILE, after=after)
         _report(output)
+    atexit.register(_leave_group)
     return TrainingResult(trained, model_path, before, after)
 
-    atexit.register(_leave_group)
 
-@dataclass(frozen=True)
-class _Parts:
 def _leave_group() -> None:
     """Processes of a group that is never left may wait for each other when they end."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class _Parts:
     """The trainer, and those of its callbacks that the run itself speaks to."""
 
     trainer: SentenceTransformerTrainer
     progress: TrainingProgress
     watch: BatchWatch
     stop: StopOnSignal
+    memory: MemoryAdvice
 
 
 def _make_parts(
@@ -178,7 +181,7 @@ def _make_parts(
 ) -> _Parts:
     output = Path(recipe.output)
     loss = make_loss(recipe, model)
-    watch, stop = BatchWatch(loss), StopOnSignal()
+    watch, stop, memory = BatchWatch(loss), StopOnSignal(), MemoryAdvice(loss, recipe)
     progress = TrainingProgress(output / LOG_FILE, watch=watch)
     finite = StopOnNonFinite(watch, output / STOPPED_FOLDER, model.tokenizer)
     early = [EarlyStopping(recipe.patience)] if recipe.patience else []
@@ -197,6 +200,7 @@ def _make_parts(
             finite,
             CheckpointKeeper(recipe.keep_checkpoints),
             stop,
+            memory,
             *early,
             *trackers,
         ],
@@ -211,10 +215,11 @@ def _make_parts(
     return _Parts(trainer, progress, watch, stop, memory)
 
 
-def _train(trainer: SentenceTransformerTrainer, stop: StopOnSignal, checkpoint: Path | None) -> None:
+def _train(parts: _Parts, checkpoint: Path | None) -> None:
+    trainer, stop = parts.trainer, parts.stop
     folder = Path(trainer.args.output_dir)
     try:
-        with explaining(folder), stop.listening():
+        with explaining(folder), stop.listening(), parts.memory.explaining():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if trainer.is_world_process_zero():
@@ -380,7 +385,7 @@ def _evaluate(recipe: Recipe, model: ViPyloQwen, evaluator: TasksEvaluator) -> E
     with autocast, distributed_evaluation(model) as measures:
         if not measures:
             return None
-        evaluation = evaluate(model, evaluator.records)
+        evaluation = evaluate(model, evaluator.records, dims=evaluator.dims)
         check_best_metric(recipe, evaluation)
         return evaluation
 

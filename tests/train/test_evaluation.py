@@ -21,7 +21,10 @@ from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.tasks import ALL_TASKS
 from sentence_vipyloqwen.train import evaluation
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
+from sentence_vipyloqwen.train.progress import read_log
+from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.records import Record, RecordError, Side
+from sentence_vipyloqwen.train.run import train
 
 
 class TinyInputModule(InputModule):
@@ -324,3 +327,15 @@ def rendered(result: Evaluation) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(result.table())
     return console.export_text()
+
+
+def test_a_run_that_trains_several_sizes_measures_each(recipe: Callable[..., Recipe], data: Path):
+    settings = {"matryoshka_dims": [16, 8], "eval": str(data / "train.jsonl"), "eval_steps": 2, "max_steps": 2}
+    result = train(recipe(**settings), device="cpu")
+    metrics = json.loads((data / "run" / "metrics.json").read_text())
+    for when in ("before", "after"):
+        assert list(metrics[when]["dims"]) == ["8"]
+    assert metrics["after"]["dims"]["8"]["mean"] == result.after.dims[8].mean
+    (entry,) = [entry for entry in read_log(data / "run" / "log.jsonl") if "eval_tasks_mean" in entry]
+    assert entry["eval_dim8_tasks_mean"] == pytest.approx(result.after.dims[8].mean)
+    assert "the same at 8 dimensions" in (data / "run" / "training.html").read_text(encoding="utf-8")
