@@ -33,7 +33,7 @@ def parser(description: str, rows: int, corpora: Sequence[str]) -> argparse.Argu
     """The options that both benchmarks have."""
     options = argparse.ArgumentParser(description=description, formatter_class=Help)
     options.add_argument("--rows", type=int, default=rows, help="scales every corpus; see benchmarks/corpora.py")
-    options.add_argument("--rounds", type=int, default=3, help="timed rounds, after one that warms up")
+    options.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that warms up")
     options.add_argument(
         "--corpus", nargs="+", default=list(corpora), choices=corpora, metavar="NAME", help="run these"
     )

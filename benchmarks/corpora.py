@@ -110,7 +110,8 @@ def encode_corpora(rows: int) -> dict[str, list[Any]]:
     """The corpora of ``encode_vs_stock.py`` by name; the fewer rows of a kind, the longer they take.
 
     ========== ==================================================================================================
-    text       2 * rows texts of 3-300 words, log-uniform: many, so that stock too finds like lengths for a batch
+    text       rows / 2 texts of 3-300 words, log-uniform
+    many-texts 2 * rows of them: stock, which sorts by length, finds like lengths for a batch
     images     rows / 4 images of 112-480 pixels a side
     mixed      rows / 4 rows of one image and one text
     several    rows / 8 rows of two or three images and one text
@@ -120,9 +121,10 @@ def encode_corpora(rows: int) -> dict[str, list[Any]]:
     ========== ==================================================================================================
     """
     draw = Draw()
-    quarter, eighth = (max(2, rows // part) for part in (4, 8))
+    half, quarter, eighth = (max(2, rows // part) for part in (2, 4, 8))
     return {
-        "text": draw.texts(2 * rows),
+        "text": draw.texts(half),
+        "many-texts": draw.texts(2 * rows),
         "images": draw.pictures(quarter),
         "mixed": draw.mixed(quarter),
         "several": draw.several(eighth),

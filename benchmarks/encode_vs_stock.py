@@ -5,8 +5,10 @@ peak memory of each and checks that their vectors agree (lowest cosine >= 0.9999
 in turn, beside bare matrix products of the model's own shapes. Ratios are taken within a round.
 
   times faster     stock's seconds / ours: median of the rounds (lowest-highest)
-  share of rate    time that our useful work takes as bare float32 matrix products, at their highest rate in the run /
+  tokens           those that the language model of either side computes, stock / ours: padding, and what repeats
+  share of rate    time that our useful work takes as bare float32 matrix products, at their rate in the same round /
                    time we took; useful (benchmarks/flops.py): real tokens only, an image or input that repeats once
+  int8             the quantised model against stock, and against our own float32
   memory           200 large images in one call, each side in a process of its own, at two batch sizes
 
 Examples:
@@ -37,12 +39,12 @@ from corpora import COPIES, Draw, encode_corpora
 from flops import useful_work
 from sentence_transformers import SentenceTransformer
 
-CORPORA = ("text", "images", "mixed", "several", "shared", "duplicates", "single", "memory")
+CORPORA = ("text", "many-texts", "images", "mixed", "several", "shared", "duplicates", "single", "memory")
 MEMORY_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 32, "vision_layers": 1}
 """Of the model that encodes large images: narrow, or attention over 4,800 patches an image takes minutes."""
 
 MEMORY_BATCHES = (8, 32)
-INT8_COLUMNS = ("int8: times faster", "int8: lowest cosine to float32")
+INT8_COLUMNS = ("int8: times faster", "int8 over float32", "int8: lowest cosine to float32")
 
 
 def main() -> None:
@@ -83,7 +85,9 @@ class EncodeResult(measure.Result):
         """Its cells of the table, in the order of ``COLUMNS`` and :data:`INT8_COLUMNS`."""
         if self.int8_cosine is None:
             return super().line()
-        return [*super().line(), measure.spread(self.times_faster("int8")), f"{self.int8_cosine:.4f}"]
+        over_ours = [ours / int8 for ours, int8 in zip(self.seconds["ours"], self.seconds["int8"], strict=True)]
+        cells = measure.spread(self.times_faster("int8")), measure.spread(over_ours), f"{self.int8_cosine:.4f}"
+        return [*super().line(), *cells]
 
 
 def speed(folder: Path, names: Sequence[str], options: argparse.Namespace) -> list[EncodeResult]:
@@ -125,7 +129,8 @@ def compare(
     jobs = {side: partial(run, model, inputs, batch_size) for side, model in models.items()}
     for model in models.values():
         run(model, inputs[:2], batch_size)  # what is set up once is nobody's peak memory
-    vectors, megabytes = measure.warm_up(jobs)
+    with measure.CountTokens(models["stock"]) as stock, measure.CountTokens(models["ours"]) as ours:
+        vectors, megabytes = measure.warm_up(jobs)
     cosine = measure.lowest_cosine(vectors["ours"], vectors["stock"])
     measure.check_agreement(name, cosine)
     work = useful_work(models["ours"], inputs)
@@ -134,6 +139,7 @@ def compare(
         name=name,
         rows=len(inputs),
         seconds=seconds,
+        tokens={"stock": stock.tokens, "ours": ours.tokens},
         megabytes=megabytes,
         work=work,
         rates=rates,

@@ -141,7 +141,7 @@ class MatrixProducts:
         flops: Floating-point operations of one call.
     """
 
-    def __init__(self, layer: nn.Module, repeats: int = 3) -> None:
+    def __init__(self, layer: nn.Module, repeats: int = 10) -> None:
         weights = [module.weight.detach() for module in layer.modules() if isinstance(module, nn.Linear)]
         self.operands = [(torch.randn(PRODUCT_TOKENS, weight.shape[1]), weight.T) for weight in weights]
         self.outputs = [torch.empty(PRODUCT_TOKENS, len(weight)) for weight in weights]

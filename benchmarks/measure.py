@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import psutil
 from flops import MatrixProducts, Work
+from sentence_transformers import SentenceTransformer
+from torch import nn
 
 from sentence_vipyloqwen import ViPyloQwen
 
@@ -26,6 +28,7 @@ COLUMNS = (
     "times faster",
     "stock, s",
     "ours, s",
+    "tokens, stock / ours",
     "stock, MB",
     "ours, MB",
     "useful TFLOP",
@@ -44,18 +47,20 @@ class Result:
         name: What was compared on.
         rows: How many rows it has.
         seconds: Side -> seconds of each round.
+        tokens: Side -> tokens that its language model computed, padding among them.
         megabytes: Side -> peak memory.
         work: Our useful work.
-        rates: Operations a second of bare matrix products of the two towers' shapes: the highest seen in the rounds.
+        rates: For each round, operations a second of bare matrix products of the two towers' shapes.
         cosine: The lowest cosine of what the two sides compute.
     """
 
     name: str
     rows: int
     seconds: Mapping[str, Sequence[float]]
+    tokens: Mapping[str, int]
     megabytes: Mapping[str, float]
     work: Work
-    rates: Work
+    rates: Sequence[Work]
     cosine: float
 
     def times_faster(self, side: str = "ours") -> list[float]:
@@ -64,7 +69,7 @@ class Result:
 
     def shares(self) -> list[float]:
         """For each round: the time that our useful work takes as bare matrix products, over the time that we took."""
-        return [self.work.seconds(self.rates) / seconds for seconds in self.seconds["ours"]]
+        return [self.work.seconds(rates) / taken for rates, taken in zip(self.rates, self.seconds["ours"], strict=True)]
 
     def line(self) -> list[Any]:
         """Its cells of the table, in the order of :data:`COLUMNS`."""
@@ -74,6 +79,7 @@ class Result:
             self.rows,
             spread(self.times_faster()),
             *(f"{median(self.seconds[side]):.2f}" for side in sides),
+            f"{self.tokens['stock'] / self.tokens['ours']:.2f}",
             *(f"{self.megabytes[side]:.0f}" for side in sides),
             f"{(self.work.language + self.work.vision) / 1e12:.3f}",
             f"{median(self.shares()):.0%}",
@@ -81,7 +87,7 @@ class Result:
         ]
 
 
-def timed(jobs: Jobs, model: ViPyloQwen, rounds: int) -> tuple[dict[str, list[float]], Work]:
+def timed(jobs: Jobs, model: ViPyloQwen, rounds: int) -> tuple[dict[str, list[float]], list[Work]]:
     """Time jobs in turn, with bare matrix products of the model's shapes among them.
 
     Args:
@@ -90,20 +96,21 @@ def timed(jobs: Jobs, model: ViPyloQwen, rounds: int) -> tuple[dict[str, list[fl
         rounds: How often.
 
     Returns:
-        Job -> seconds of each round, and the highest rates of the products, in operations a second.
+        Job -> seconds of each round, and for each round the rates of the products, in operations a second.
     """
     transformer = model[0].model
     layers = {"language": transformer.language_model.layers[0], "vision": transformer.visual.blocks[0]}
     products = {tower: MatrixProducts(layer) for tower, layer in layers.items()}
     interleave(products, rounds=1)
     seconds = interleave({**jobs, **products}, rounds)
-    rates = {tower: job.flops / min(seconds.pop(tower)) for tower, job in products.items()}
-    return seconds, Work(**rates)
+    rates = {tower: [job.flops / taken for taken in seconds.pop(tower)] for tower, job in products.items()}
+    return seconds, [Work(*of_round) for of_round in zip(rates["language"], rates["vision"], strict=True)]
 
 
 def describe_rates(results: Sequence[Result]) -> str:
-    """The highest rates of matrix products over several results, for the report's notes."""
-    language, vision = (max(getattr(result.rates, tower) for result in results) for tower in ("language", "vision"))
+    """The median rates of matrix products over the rounds of several results, for the report's notes."""
+    rates = [rate for result in results for rate in result.rates]
+    language, vision = (median(getattr(rate, tower) for rate in rates) for tower in ("language", "vision"))
     return (
         f"float32 matrix products: {language / 1e9:.0f} GFLOP/s in shapes of the language model, "
         f"{vision / 1e9:.0f} in those of the vision tower"
@@ -168,6 +175,31 @@ class PeakMemory:
 
     def _record(self, process: psutil.Process) -> None:
         self.megabytes = max(self.megabytes, (process.memory_info().rss - self._start) / MEGABYTE)
+
+
+class CountTokens:
+    """Context manager: how many tokens the language model of a side computes, padding among them.
+
+    Args:
+        model: The model, of either side.
+
+    Attributes:
+        tokens: The count.
+    """
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.tokens = 0
+        self._language_model = model[0].model.language_model
+
+    def __enter__(self) -> CountTokens:
+        self._hook = self._language_model.register_forward_pre_hook(self._count, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tokens += kwargs["inputs_embeds"].shape[:-1].numel()
 
 
 def warm_up(jobs: Jobs) -> tuple[dict[str, Any], dict[str, float]]:

@@ -7,7 +7,7 @@ each, and their gradients must agree (cosine over all parameters >= 0.9999), or 
 turn, beside bare matrix products of the model's own shapes. Ratios are taken within a round.
 
   times faster     stock's seconds / ours: median of the rounds (lowest-highest)
-  share of rate    time that our useful work takes as bare float32 matrix products, at their highest rate in the run /
+  share of rate    time that our useful work takes as bare float32 matrix products, at their rate in the same round /
                    time we took; a step's useful work is three times its forward's (benchmarks/flops.py): the backward
                    has two products for each
 
@@ -98,7 +98,8 @@ def compare(
     routed = {
         side: partial(step, PrefixRoutedLoss(model), columns) for side, model in (("stock", stock), ("ours", ours))
     }
-    megabytes = measure.warm_up(routed)[1]
+    with measure.CountTokens(stock) as of_stock, measure.CountTokens(ours) as of_ours:
+        megabytes = measure.warm_up(routed)[1]
     cosine = gradient_cosine(stock, ours)
     measure.check_agreement(f"gradients, {name}", cosine)
     jobs = {
@@ -112,6 +113,7 @@ def compare(
         name=name,
         rows=len(columns[0]),
         seconds=seconds,
+        tokens={"stock": of_stock.tokens, "ours": of_ours.tokens},
         megabytes=megabytes,
         work=work,
         rates=rates,
