@@ -109,7 +109,7 @@ def main() -> None:
         f"noise {options.noise}; {QUERIES} queries, k = {K}; batches of {BATCH}",
         "- over FAISS: the same kind of index, alone, on the same vectors; its batch is without items and without "
         "comparing candidates exactly",
-        f"- FAISS {version('faiss-cpu')}" + (f", usearch {version(PEER)}" if PEER in options.kind else ""),
+        f"- FAISS {faiss.__version__}" + (f", usearch {version(PEER)}" if PEER in options.kind else ""),
         common.machine(options),
     ]
     body = "\n\n".join([common.table(COLUMNS, lines), "\n".join(notes)])

@@ -42,7 +42,7 @@ class Hit:
 class Snapshot:
     """What a manifest names, opened: vectors are mapped into memory, items are read.
 
-    It never changes, so that several threads may read it, and whoever holds it sees one state of the index.
+    It never changes: whoever holds it sees one state of the index, whatever is written meanwhile.
 
     Args:
         folder: The index.
