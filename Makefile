@@ -18,10 +18,11 @@ check: .venv/installed  ## Style: ruff's lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/installed  ## Ratios against stock sentence-transformers, memory of gradient caching, written to benchmarks/results.md
+bench: .venv/installed  ## Against stock sentence-transformers, memory, a profile: written to benchmarks/results.md
 	$(BIN)/python benchmarks/encode_vs_stock.py --output benchmarks/results.md
 	$(BIN)/python benchmarks/train_vs_stock.py --output benchmarks/results.md
 	$(BIN)/python benchmarks/gradcache_memory.py --output benchmarks/results.md
+	$(BIN)/python benchmarks/where_time_goes.py --output benchmarks/results.md
 
 clean:
 	rm -rf .venv build dist *.egg-info $(OUTPUT)
