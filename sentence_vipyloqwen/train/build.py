@@ -18,7 +18,7 @@ from sentence_vipyloqwen.model import ViPyloQwen, is_finished_model
 from sentence_vipyloqwen.modules.vision_cache import VisionCache
 from sentence_vipyloqwen.train.adapters import AdapterTrainer, add_lora, four_bits, save_base
 from sentence_vipyloqwen.train.evaluation import Evaluation
-from sentence_vipyloqwen.train.recipe import AUTO, DTYPE, FULL, MEAN, PROPORTIONAL, QLORA, Recipe
+from sentence_vipyloqwen.train.recipe import AUTO, BY_ROWS, DTYPE, FULL, MEAN, QLORA, Recipe
 from sentence_vipyloqwen.train.sampling import grouped_batch_sampler, task_mix_sampler
 from sentence_vipyloqwen.train.trainer import ViPyloQwenTrainer
 
@@ -197,7 +197,7 @@ def make_arguments(recipe: Recipe, output: Path, device: str | None) -> Sentence
 
 def _samplers(recipe: Recipe) -> dict[str, Any]:
     """This package's samplers of rows, which go on anywhere on any number of ranks; round robin deals their batches."""
-    mixes = recipe.sampling == PROPORTIONAL
+    mixes = recipe.sampling == BY_ROWS
     mix = task_mix_sampler(recipe.mix or None, recipe.mix_temperature, recipe.phases()) if mixes else recipe.sampling
     return {
         "batch_sampler": grouped_batch_sampler(recipe.group_images, recipe.no_duplicates),

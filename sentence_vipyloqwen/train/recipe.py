@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,12 +25,14 @@ from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MIN_PIXELS
 from sentence_vipyloqwen.tasks import ALL_TASKS
 from sentence_vipyloqwen.train.adapters import LORA_TARGETS
 from sentence_vipyloqwen.train.dataset import OnError
-from sentence_vipyloqwen.train.sampling import PROPORTIONAL as BY_SIZE
-from sentence_vipyloqwen.train.sampling import Phase, task_mix_sampler
+from sentence_vipyloqwen.train.sampling import DRAFT_CURRICULUM, PROPORTIONAL, Phase, task_mix_sampler
 
 AUTO = "auto"
 MEAN = "mean"
-PROPORTIONAL = "proportional"
+BY_ROWS = "proportional"
+CURRICULA: Mapping[str, tuple[Phase, ...]] = {"drafts": DRAFT_CURRICULUM}
+"""Curricula that a recipe may name."""
+
 FULL, LORA, QLORA = "full", "lora", "qlora"
 DTYPE = "float32"
 DTYPES = (DTYPE, "bfloat16", "float16")
@@ -38,12 +41,13 @@ _CHOICES = {
     "negatives": get_args(Negatives),
     "pair_weight": get_args(PairWeight),
     "triplet_scale": get_args(TripletScale),
-    "sampling": (PROPORTIONAL, "round_robin"),
+    "sampling": (BY_ROWS, "round_robin"),
     "on_error": get_args(OnError),
     "tuning": (FULL, LORA, QLORA),
 }
 _SAMPLING = ("group_images", "mix_temperature")
 _STEPS = ("max_steps", "save_steps", "eval_steps")
+_PHASES = "a list of phases, each {until: 0.3, mix: {text: 1.0}}"
 _WITH_EVALUATION = "one only with eval, a file, and eval_steps above 0"
 
 
@@ -109,12 +113,14 @@ class Recipe:
         loss_mini_batch_tokens: Most tokens of such a part, in place of a fixed number of rows.
         gather_negatives: Whether the rows of all processes are each other's negatives.
         sampling: How batches are drawn from the tasks: ``proportional`` to their rows, or ``round_robin``.
-        mix: Task, or ``text`` and ``multimodal`` for all tasks of a kind -> weight in the mix of batches, in place of
-            their sizes; every task of the data must be covered, with 0 to leave it out.
+        mix: Task -> its weight in the mix of batches, in place of the tasks' sizes; weights need not add up to 1. Or
+            ``text`` -> that of all tasks of the data without an image, ``multimodal`` -> that of all others. Every task
+            of the data must be covered, with 0 to leave it out.
         mix_temperature: Without a mix, a task of n batches weighs n to this power: 1 by size, 0.5 by its square root,
             0 the same for all.
         curriculum: Phases in place of a mix, each ``{"until": 0.3, "mix": {"text": 1.0}}``: the mix up to that share of
-            the run's steps; the last until 1.
+            the run's steps; the last until 1. Or ``drafts``, the paper drafts' own: six phases of equal length, from
+            text alone by even steps (0, 2, 4, 6, 8, 10 fifteenths) to two thirds multimodal.
         mixed_batches: Whether a batch holds several tasks, as far as their records have the same columns; otherwise
             one, as negatives come from the same task.
         group_images: Rows whose anchors share the first image are drawn in runs of up to so many, so that it is
@@ -128,7 +134,8 @@ class Recipe:
         ddp_timeout: Seconds that a process waits for the others before it gives up: longer than the first one takes to
             evaluate the untrained model.
         save_steps: Optimiser steps between checkpoints; 0 for none, or with ``best_metric`` one at each evaluation.
-        keep_checkpoints: How many checkpoints are kept, the best among them; while one is written, it is one more.
+        keep_checkpoints: How many checkpoints are kept. The last one and, with ``best_metric``, the best one always
+            are, so that 1 may leave two; while one is written, it is one more.
         logging_steps: Optimiser steps between lines of the log.
         report_to: Trackers: ``auto`` is TensorBoard where it is installed; ``tensorboard``, ``wandb``, ``trackio`` and
             others of transformers' by name; ``none``.
@@ -180,9 +187,9 @@ class Recipe:
     loss_mini_batch_size: int = 0
     loss_mini_batch_tokens: int | None = None
     gather_negatives: bool = False
-    sampling: str = PROPORTIONAL
+    sampling: str = BY_ROWS
     mix: Mapping[str, float] = field(default_factory=dict)
-    mix_temperature: float = BY_SIZE
+    mix_temperature: float = PROPORTIONAL
     curriculum: tuple[Mapping[str, Any], ...] = ()
     mixed_batches: bool = False
     group_images: int = 0
@@ -236,8 +243,8 @@ class Recipe:
     def _check_sampling(self) -> None:
         if mixed := self.mixes_tasks:
             task_mix_sampler(self.mix or None, self.mix_temperature, self.phases())
-        wanted = f"{PROPORTIONAL!r} beside mix, mix_temperature or curriculum"
-        _check(not mixed or self.sampling == PROPORTIONAL, "sampling", self.sampling, wanted)
+        wanted = f"{BY_ROWS!r} beside mix, mix_temperature or curriculum"
+        _check(not mixed or self.sampling == BY_ROWS, "sampling", self.sampling, wanted)
         _check(
             not (mixed and self.mixed_batches), "mixed_batches", True, "False where tasks have shares of the batches"
         )
@@ -250,7 +257,7 @@ class Recipe:
     @property
     def mixes_tasks(self) -> bool:
         """Whether tasks are drawn in another mix than by their size."""
-        return bool(self.mix or self.curriculum or self.mix_temperature != BY_SIZE)
+        return bool(self.mix or self.curriculum or self.mix_temperature != PROPORTIONAL)
 
     def phases(self) -> list[Phase]:
         """The curriculum."""
@@ -320,25 +327,33 @@ def _read_yaml(path: str | Path) -> Mapping[str, Any]:
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """Bring a YAML value to the setting's type: YAML reads ``1e-4`` as a string and one file name as no list."""
     if name == "curriculum":
-        return tuple(_phase(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
-    if "tuple" in str(hint):
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(name, item, int if "int" in str(hint) else str) for item in items)
-    if value is None and "None" in str(hint):
+        return _curriculum(value)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
         return None
-    if "Mapping" in str(hint):
+    kind = next(kind for kind in kinds if kind is not NoneType)
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(name, item, get_args(kind)[0]) for item in items)
+    if get_origin(kind) is Mapping:
         _check(isinstance(value, Mapping), name, value, "a mapping")
-        return {key: _coerce(f"{name}.{key}", item, get_args(hint)[1]) for key, item in value.items()}
-    kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(hint))
+        return {key: _coerce(f"{name}.{key}", item, get_args(kind)[1]) for key, item in value.items()}
     if kind is float:
         return _to_float(name, value)
     _check(type(value) is kind, name, value, f"of type {kind.__name__}")
     return value
 
 
+def _curriculum(value: Any) -> tuple[dict[str, Any], ...]:
+    """The phases of a curriculum, those of a named one spelt out."""
+    if isinstance(value, str):
+        _check(value in CURRICULA, "curriculum", value, f"{_PHASES}, or one of {list(CURRICULA)}")
+        return tuple(dataclasses.asdict(phase) for phase in CURRICULA[value])
+    return tuple(_phase(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
 def _phase(value: Any) -> dict[str, Any]:
-    allowed = "a list of phases, each {until: 0.3, mix: {text: 1.0}}"
-    _check(isinstance(value, Mapping) and set(value) == {"until", "mix"}, "curriculum", value, allowed)
+    _check(isinstance(value, Mapping) and set(value) == {"until", "mix"}, "curriculum", value, _PHASES)
     mix = _coerce("curriculum.mix", value["mix"], Mapping[str, float])
     return {"until": _to_float("curriculum.until", value["until"]), "mix": mix}
 

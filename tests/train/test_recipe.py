@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, get_type_hints
 
 import pytest
 import yaml
 
-from sentence_vipyloqwen.train.recipe import Recipe, load_recipe, recipe_text, shipped_recipes
+from sentence_vipyloqwen.train.recipe import Recipe, _coerce, load_recipe, recipe_text, shipped_recipes
+from sentence_vipyloqwen.train.sampling import DRAFT_CURRICULUM
 
 NEEDED = {"base": "b", "train": "t.jsonl", "output": "o"}
 
@@ -122,11 +124,42 @@ def test_a_recipe_survives_its_own_yaml() -> None:
         ({"curriculum": [{"until": 2, "mix": {"ocr": 1}}]}, "until is 2.0; allowed: above 0, up to 1"),
         ({"curriculum": [{"mix": {"ocr": 1}}]}, "Setting curriculum is .* allowed is a list of phases"),
         ({"curriculum": {"until": 1}}, "Setting curriculum is .* allowed is a list of phases"),
+        (
+            {"curriculum": "draft"},
+            r"Setting curriculum is 'draft'; allowed is a list of phases, .* or one of \['drafts'\]",
+        ),
     ],
 )
 def test_a_bad_setting_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe(None, {**NEEDED, **settings})
+
+
+def test_the_curriculum_of_the_drafts_by_its_name() -> None:
+    recipe = load_recipe(None, {**NEEDED, "curriculum": "drafts"})
+    assert tuple(recipe.phases()) == DRAFT_CURRICULUM
+    assert recipe.mixes_tasks
+    assert load_recipe(None, yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"),
+    [
+        ("float | None", "1e-4", 1e-4),
+        ("Optional[float]", None, None),
+        ("tuple[float, ...]", ["1e-4", 2], (1e-4, 2.0)),
+        ("tuple[int, ...] | None", 3, (3,)),
+        ("Mapping[str, tuple[int, ...]]", {"a": 1}, {"a": (1,)}),
+        ("Mapping[str, Mapping[str, float]]", {"integer": {"none": 1}}, {"integer": {"none": 1.0}}),
+    ],
+)
+def test_a_value_is_brought_to_the_type_that_its_hint_names(hint: str, value: Any, expected: Any) -> None:
+    """By the type itself, not by what stands in its name."""
+    names = {"Mapping": Mapping, "Optional": Optional}
+    types = get_type_hints(type("Settings", (), {"__annotations__": {"it": hint}}), names)
+    found = _coerce("it", value, types["it"])
+    assert found == expected
+    assert type(found) is type(expected)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
