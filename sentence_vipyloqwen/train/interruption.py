@@ -22,7 +22,7 @@ WORKER_GRACE = 60
 """Seconds that a process which prepares batches goes on after SIGTERM, so that the step under way can end."""
 
 _FULL_DISK = ("No space left on device", "StorageFull", "Disk quota exceeded", "QuotaExceeded")
-_LOST = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "Timed out waiting")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "Timed out waiting")
 _CUT_SHORT = ("PytorchStreamWriter failed writing", "unexpected pos")
 """What torch says where a file could not be written to its end: it swallows the number of the error."""
 
@@ -47,8 +47,9 @@ class StopOnSignal(TrainerCallback):
     """Has a signal end the training after the step under way, with a checkpoint.
 
     An evaluation that is due there is made first: the best checkpoint and the curves are those of an undisturbed run.
-    Signals are heard within :meth:`listening` alone. A second one ends the process at once. Ranks ask each other after
-    each step, so that a signal to one of them stops all, at the same step.
+    Signals are heard within :meth:`listening` alone. SIGINT after the first ends the process at once; SIGTERM does not,
+    as a scheduler's reaches a rank twice, once by way of the launcher. Ranks ask each other after each step, so that a
+    signal to one of them stops all, at the same step.
 
     Attributes:
         received: The number of the signal that came, or 0.
@@ -59,7 +60,11 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear SIGTERM and SIGINT for a while. Outside the main thread Python allows no handlers: nothing changes."""
+        """Hear SIGTERM and SIGINT for a while. Outside the main thread Python allows no handlers: nothing changes.
+
+        Where another process is lost, SIGTERM is not heeded any more: the launcher sends it to those that are left, at
+        any moment, and would cut off what this one has to say. It is about to end anyhow.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -74,15 +79,21 @@ class StopOnSignal(TrainerCallback):
             if os.getpid() != owner:  # a worker, forked with this handler; a shell or scheduler signals the whole group
                 _outlive_the_step(number)
                 return
-            self.received = number
-            restore()
+            self.received = self.received or number
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
         for number in SIGNALS:
             signal.signal(number, handle)
         try:
             yield
-        finally:
+        except ProcessLost:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
+        except BaseException:
             restore()
+            raise
+        restore()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop if a signal came during the step."""

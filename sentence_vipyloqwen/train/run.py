@@ -51,7 +51,7 @@ from sentence_vipyloqwen.train.checkpoints import (
 )
 from sentence_vipyloqwen.train.dataset import load_tasks
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
-from sentence_vipyloqwen.train.interruption import StopOnSignal, TrainingInterrupted, explaining
+from sentence_vipyloqwen.train.interruption import ProcessLost, StopOnSignal, TrainingInterrupted, explaining
 from sentence_vipyloqwen.train.memory import MemoryAdvice
 from sentence_vipyloqwen.train.progress import LOG_FILE, TrainingProgress, trim_log
 from sentence_vipyloqwen.train.recipe import FULL, QLORA, Recipe, load_recipe
@@ -219,12 +219,12 @@ def _train(parts: _Parts, checkpoint: Path | None) -> None:
     trainer, stop = parts.trainer, parts.stop
     folder = Path(trainer.args.output_dir)
     try:
-        with explaining(folder), stop.listening(), parts.memory.explaining():
+        with stop.listening(), explaining(folder), parts.memory.explaining():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if trainer.is_world_process_zero():
             clean(folder)  # half a checkpoint takes room, and is of no use
-        if not stop.received:
+        if not stop.received or isinstance(error, ProcessLost):
             raise
         raise TrainingInterrupted(f"Signal {stop.received}. {_way_on(folder)} ({error})", stop.received) from error
     if stop.received:

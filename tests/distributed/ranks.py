@@ -99,6 +99,7 @@ def _run_rank(rank: int, port: int, ranks: int, patience: float, folder: Path, f
     disable_progress_bar()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun has it; accelerate would set more threads than there are cores
     try:
         distributed.init_process_group("gloo", timeout=timedelta(seconds=patience))
         torch.save(function(), folder / f"{rank}.result")

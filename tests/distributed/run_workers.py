@@ -35,7 +35,7 @@ def whole(settings: dict[str, Any]) -> tuple[bool, int]:
 
 def signalled(settings: dict[str, Any], rank: int, step: int) -> str:
     """Train; one rank is sent SIGTERM in the middle of a step. The message of the end."""
-    _during_step(rank, step, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    during_step(rank, step, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     try:
         train(load_recipe(None, settings), device="cpu")
     except TrainingInterrupted as error:
@@ -45,7 +45,7 @@ def signalled(settings: dict[str, Any], rank: int, step: int) -> str:
 
 def poisoned(settings: dict[str, Any], rank: int, step: int) -> str:
     """Train; one rank's head holds an infinite weight, so that its loss is NaN. The message of the end."""
-    _during_step(rank, step, lambda trainer: trainer.model[2].linear.weight.data.fill_(float("inf")))
+    during_step(rank, step, lambda trainer: trainer.model[2].linear.weight.data.fill_(float("inf")))
     try:
         train(load_recipe(None, settings), device="cpu")
     except NonFiniteStep as error:
@@ -74,7 +74,7 @@ def sharded(settings: dict[str, Any], step: int = 0) -> str:
         return str(error)
 
 
-def _during_step(rank: int, step: int, work: Callable[[Any], Any]) -> None:
+def during_step(rank: int, step: int, work: Callable[[Any], Any]) -> None:
     usual = SentenceTransformerTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:

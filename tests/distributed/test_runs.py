@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,41 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_to_the_bit(
         json.loads((checkpoints[-1] / "complete.json").read_text())["files"]
     )
     again(2, run_workers.whole, settings(**more))
+    first, second = (ViPyloQwen(tmp_path / name / "model", device="cpu").state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_rank_is_told_of_by_the_other_and_nothing_is_lost(
+    again: Callable[..., Any], settings: Callable[..., dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to rank 1 in its third step, under torchrun, which then sends rank 0 SIGTERM."""
+    import run_workers
+
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings()))
+    script = tmp_path / "killed.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from run_workers import during_step
+from sentence_vipyloqwen.cli import main
+during_step(1, 3, lambda trainer: os.kill(os.getpid(), signal.SIGKILL))
+sys.argv = ["vipyloqwen", "train", "--recipe", {str(tmp_path / "recipe.yaml")!r}, "--device", "cpu"]
+try:
+    main()
+except SystemExit as end:
+    open({str(tmp_path / "code")!r}, "w").write(str(end.code))
+    raise
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert (tmp_path / "code").read_text() == "1"
+    assert done.stderr.count("another process of this training ended, and this one with it") == 1
+    assert f"the last complete checkpoint in {tmp_path / 'run' / 'checkpoints'}" in done.stderr
+    assert "Signal 9 (SIGKILL) received" in done.stderr  # what torchrun says of the other
+    assert [step_of(path) for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+    again(0, run_workers.whole, settings())
+    again(1, run_workers.whole, settings("whole"))
     first, second = (ViPyloQwen(tmp_path / name / "model", device="cpu").state_dict() for name in ("whole", "run"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

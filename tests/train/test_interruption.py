@@ -126,6 +126,29 @@ def test_a_second_signal_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_sigterm_may_come_twice() -> None:
+    """From the scheduler, which signals every process of a job, and from the launcher, which hands it on."""
+    stop = StopOnSignal()
+    with stop.listening():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_launcher_s_sigterm_does_not_cut_off_what_a_process_says_of_a_lost_one(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopOnSignal()
+    try:
+        with pytest.raises(ProcessLost, match="another process"), stop.listening(), explaining(tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("writev [127.0.0.1]:4211: Broken pipe")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_another_rank_s_signal_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "any_rank", lambda flag: True)
     stop, control = StopOnSignal(), TrainerControl(should_evaluate=True)
