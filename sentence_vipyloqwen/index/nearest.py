@@ -21,6 +21,12 @@ SPARE = 8
 
 _TIE = 2 * 10.0**-SCORE_DECIMALS
 
+_FLOAT32_ERROR = 1e-5
+"""More than a float32 inner product of unit vectors is off by."""
+
+_PAIRS_AT_ONCE = 16_384
+"""Pairs of a query and a row that are compared in float64 together, for the same reason."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -83,6 +89,7 @@ class NearestRows:
                 rows = self._compare_all(some, k, allowed)
             else:
                 rows = self._shortlist(some, k, allowed, effort)
+            rows = self._finalists(some, rows, k)
             found.append(Candidates(rows, self._cosines(some, rows)))
         return found
 
@@ -150,12 +157,35 @@ class NearestRows:
             return rows
         return np.concatenate([rows, self._scan(queries, behind, k, allowed)[1]], axis=1)
 
+    def _finalists(self, queries: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
+        """(Q, n): the rows that may be among a query's best k, -1 in place of the others; by float32 products."""
+        if rows.shape[1] <= k:
+            return rows
+        products = self._products(queries, rows)
+        kth = np.partition(products, -k, axis=1)[:, -k, None]  # (Q, 1)
+        return np.where(products >= kth - _FLOAT32_ERROR - _TIE, rows, -1)
+
+    def _products(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(Q, n) float32 inner products, -inf where there is no row; no vector is copied."""
+        result = np.full(rows.shape, -np.inf, dtype=np.float32)
+        of_part = np.empty_like(result)
+        for part, start, stop in zip(self.parts, self.ends, self.ends[1:], strict=False):
+            here = np.where((rows >= start) & (rows < stop), rows - start, -1)
+            if (here < 0).all():
+                continue
+            arrays = (faiss.swig_ptr(array) for array in (of_part, queries))
+            sizes = part.d, *rows.shape
+            faiss.fvec_inner_products_by_idx(*arrays, part.get_xb(), faiss.swig_ptr(here), *sizes)  # -inf for -1
+            np.maximum(result, of_part, out=result)
+        return result
+
     def _cosines(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(Q, n) float64, -inf where there is no row."""
-        # A matrix product adds a row's terms in an order that depends on its place; the sum over an axis does not.
         cosines = np.full(rows.shape, -np.inf)
-        for query, of, result in zip(queries.astype(np.float64), rows, cosines, strict=True):
-            real = of >= 0
-            products = self.vectors(of[real]).astype(np.float64) * query  # (n, dim)
-            result[real] = products.sum(axis=1).clip(-1, 1).round(SCORE_DECIMALS)
+        pairs = np.argwhere(rows >= 0)
+        for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+            query, place = pairs[start : start + _PAIRS_AT_ONCE].T
+            # A matrix product adds a row's terms in an order that depends on its place; the sum over an axis does not.
+            products = self.vectors(rows[query, place]).astype(np.float64) * queries[query]  # (pairs, dim)
+            cosines[query, place] = products.sum(axis=1).clip(-1, 1).round(SCORE_DECIMALS)
         return cosines
