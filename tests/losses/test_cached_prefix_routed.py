@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from sentence_vipyloqwen import CachedPrefixRoutedLoss, PrefixRoutedLoss, ViPyloQwen
 from sentence_vipyloqwen.losses.rows import select_rows
+from sentence_vipyloqwen.tasks import ALL_TASKS, GENERAL
 
 Picture = Callable[..., Image.Image]
 Columns = Sequence[Sequence[Any]]
@@ -81,6 +83,49 @@ def test_cached_and_uncached_are_equal(model: ViPyloQwen, picture: Picture, name
     ):
         loss = CachedPrefixRoutedLoss(model, negatives="all", **sizes)
         assert_equal_steps(step(loss, columns, scores), expected)
+
+
+def rows_of(task: str, pages: Sequence[Image.Image]) -> list[tuple[Any, Any, Any, float]]:
+    """Anchor, positive, negative and score of three rows of a task: two share an image, vqa_multi shows several."""
+    prefix = f"<{task}> "
+    shown = [[pages[0]], [pages[0]], [pages[1]]] if task != "vqa_multi" else [pages[:2], pages[:2], pages[::-1]]
+    anchors = [{"image": images, "text": f"{prefix}{task} {i}"} for i, images in enumerate(shown)]
+    if task in ("text_pair", "instr"):
+        anchors[1] = {"text": f"{prefix}một hai ba bốn"}
+    on_positive = prefix if task == "text_pair" else ""
+    scores = [0.25, 1.0, 0.0] if task == "text_pair" else [math.nan] * 3
+    return [
+        (anchor, f"{on_positive}{task} trả lời {i}", f"{on_positive}{task} sai {i * 2}", scores[i])
+        for i, anchor in enumerate(anchors)
+    ]
+
+
+TASKS = [name for name in ALL_TASKS if name != GENERAL.name]
+MIXES = [mix for size in range(1, len(TASKS) + 1) for mix in combinations(TASKS, size)]
+
+
+@pytest.mark.parametrize(
+    ("mix", "negatives"), [*((mix, True) for mix in MIXES), *((mix, False) for mix in MIXES if len(mix) in (1, 5))]
+)
+def test_every_mix_of_tasks_with_images(
+    model: ViPyloQwen, picture: Picture, mix: Sequence[str], negatives: bool
+) -> None:
+    """Each task alone, and all mixes of them, by images opened beforehand and by such as a mini-batch opens.
+
+    All with an explicit negative; without one, each alone and all of them.
+    """
+    pages = [picture(seed=seed) for seed in range(3)]
+    rows = [row for task in mix for row in rows_of(task, pages)]
+    rows = rows[::2] + rows[1::2]  # rows of a task do not stand together
+    anchors, positives, wrong, scores = (list(column) for column in zip(*rows, strict=True))
+    columns = [anchors, positives, *([wrong] if negatives else [])]
+    expected = step(PrefixRoutedLoss(model), columns, torch.tensor(scores))
+    for task in mix:
+        assert expected[0][f"{task}/info_nce"] > 0
+    assert {name.partition("/")[0] for name, value in expected[0].items() if value} <= set(mix)
+    for lazy, sizes in ((False, {"mini_batch_size": 2}), (True, {"mini_batch_num_tokens": 40})):
+        model[0].lazy_images = lazy
+        assert_equal_steps(step(CachedPrefixRoutedLoss(model, **sizes), columns, torch.tensor(scores)), expected)
 
 
 def test_a_stock_model_is_cached_as_well(folder: Path, picture: Picture) -> None:
