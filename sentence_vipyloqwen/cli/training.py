@@ -68,9 +68,9 @@ def train(
     - *images*: beside `frozen=[visual]`, `vision_cache=FOLDER` keeps what the vision tower makes of each image, so that
       it is computed once for all epochs and runs; `group_images=8` computes a page once for up to eight questions.
 
-    - *what is learnt when*: `mix={text: 1, multimodal: 2}` gives tasks, or all of a kind, their share of the batches;
-      `curriculum=[{until: 0.3, mix: {text: 1, multimodal: 0}}, {until: 1, mix: {text: 1, multimodal: 2}}]` changes the
-      mix as the run goes on.
+    - *what is learnt when*: `mix={text: 1, multimodal: 2}` gives tasks, or all of a kind, their share of the batches; a
+      curriculum changes it as the run goes on, `curriculum=drafts` from text to images, or one of your own,
+      `curriculum=[{until: 0.3, mix: {text: 1, multimodal: 0}}, {until: 1, mix: {text: 1, multimodal: 2}}]`.
 
     - *speed of learning*: `learning_rate=1e-4`, or by part `learning_rates={visual: 1e-5, linear: 1e-3}`.
 
