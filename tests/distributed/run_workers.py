@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,36 @@ def poisoned(settings: dict[str, Any], rank: int, step: int) -> str:
 
 def sharded(settings: dict[str, Any], step: int = 0) -> str:
     """Train with the weights sharded, as on four GPUs; at a step, if any, rank 1 is sent SIGTERM. How it ended."""
+    shard()
+    if step:
+        return signalled(settings, 1, step)
+    try:
+        return f"evaluated: {whole(settings)[0]}"
+    except ValueError as error:
+        return str(error)
+
+
+def sharded_and_killed(settings: dict[str, Any], rank: int, step: int = 0, file: int = 0) -> None:
+    """Train sharded; one rank is killed in the middle of a step, or when it opens its n-th file of a checkpoint."""
+    shard()
+    if step:
+        during_step(rank, step, lambda trainer: os.kill(os.getpid(), signal.SIGKILL))
+    elif distributed.get_rank() == rank:
+        opened = 0
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal opened
+            if event == "open" and f"{settings['output']}/checkpoints/checkpoint-" in str(arguments[0]):
+                opened += 1
+                if opened == file:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(audit)
+    train(load_recipe(None, settings), device="cpu")
+
+
+def shard() -> None:
+    """Have the run's trainer shard, as `fsdp2_4x_h100.yaml` says."""
     usual = run.trainer_class
 
     def trainer_class(*args: Any) -> Callable[..., Any]:
@@ -66,12 +97,6 @@ def sharded(settings: dict[str, Any], step: int = 0) -> str:
         return make
 
     run.trainer_class = trainer_class
-    if step:
-        return signalled(settings, 1, step)
-    try:
-        return f"evaluated: {whole(settings)[0]}"
-    except ValueError as error:
-        return str(error)
 
 
 def during_step(rank: int, step: int, work: Callable[[Any], Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,16 +124,23 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_both(
     assert all(value.isfinite().all() for value in ViPyloQwen(folder / "model", device="cpu").state_dict().values())
 
 
-def test_a_sharded_run_goes_on_and_leaves_the_best_as_a_portable_folder(
+def test_a_sharded_run_goes_on_after_kills_and_a_signal_and_leaves_the_best_as_a_portable_folder(
     again: Callable[..., Any], settings: Callable[..., dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
+    """Killed in a step, and while a checkpoint is written, by the chance of a seed."""
     import run_workers
+    from ranks import RanksFailed
 
     more = {"eval": str(data), "eval_steps": 2, "best_metric": "mean", "keep_checkpoints": 3}
     assert again(0, run_workers.sharded, settings("whole", **more)) == ["evaluated: True", "evaluated: False"]
-    told = again(1, run_workers.sharded, settings(**more), 3)
+    rng = random.Random(5)
+    killed = [(rng.randint(0, 1), rng.randint(1, 4), 0), (rng.randint(0, 1), 0, rng.randint(1, 12))]
+    for number, (rank, step, file) in enumerate(killed):
+        with pytest.raises(RanksFailed, match=r"exit codes \[.*-9"):
+            again(1 + number, run_workers.sharded_and_killed, settings(**more), rank, step, file)
+    told = again(3, run_workers.sharded, settings(**more), 3)
     assert all("Step 3 is saved in" in message for message in told)
-    again(2, run_workers.sharded, settings(**more))
+    again(4, run_workers.sharded, settings(**more))
     first, second = (tmp_path / name / "model" for name in ("whole", "run"))
     assert not (first / "training_args.bin").exists()
     weights = [SentenceTransformer(str(path), device="cpu").state_dict() for path in (first, second)]

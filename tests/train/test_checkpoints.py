@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from sentence_transformers import SentenceTransformerTrainer
 from transformers import Trainer, TrainerControl, TrainerState
 
+from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.train.checkpoints import (
     MARKER,
     CheckpointKeeper,
@@ -32,6 +34,7 @@ from sentence_vipyloqwen.train.checkpoints import (
     step_of,
     stopped_early,
 )
+from sentence_vipyloqwen.train.evaluation import TasksEvaluator
 from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.run import train
 
@@ -251,15 +254,61 @@ def test_a_kill_while_the_trainer_writes_a_checkpoint_loses_nothing(
 # --- Random kills ---
 
 
-def test_five_kills_at_random_moments_change_nothing(
-    recipe: Callable[..., Recipe], data: Path, weights: Weights
-) -> None:
-    """SIGKILL at seeded moments of one training, with workers, a curriculum, and groups of rows."""
+MOMENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
+
+
+def kill_in_step(moment: str, done: int) -> None:
+    """SIGKILL after so many steps, at a moment of the next."""
+    usual = getattr(CheckpointKeeper, moment)
+
+    def die(self: Any, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == done:
+            os.kill(os.getpid(), signal.SIGKILL)
+        usual(self, args, state, *rest, **kwargs)
+
+    setattr(CheckpointKeeper, moment, die)
+
+
+def kill_in_evaluation(texts: int) -> None:
+    """SIGKILL in the first evaluation of the training, when so many inputs have been embedded."""
+    usual, seen = TasksEvaluator.__call__, 0
+
+    def evaluate(self: TasksEvaluator, model: ViPyloQwen, *args: Any, **kwargs: Any) -> dict[str, float]:
+        def count(module: Any, arguments: Any) -> None:
+            nonlocal seen
+            seen += len(arguments[0]["input_ids"])
+            if seen >= texts:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        model.register_forward_pre_hook(count)
+        return usual(self, model, *args, **kwargs)
+
+    TasksEvaluator.__call__ = evaluate
+
+
+def kill_worker(done: int) -> None:
+    """SIGKILL to the process that prepares batches, as by a lack of memory, after so many steps."""
+    usual = CheckpointKeeper.on_step_begin
+
+    def on_step_begin(self: Any, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == done:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        usual(self, args, state, *rest, **kwargs)
+
+    CheckpointKeeper.on_step_begin = on_step_begin
+
+
+def test_kills_at_random_moments_change_nothing(recipe: Callable[..., Recipe], data: Path, weights: Weights) -> None:
+    """Seeded moments of one training: in steps, in evaluations, while a checkpoint is written; or a worker's end."""
     settings = {
         "max_steps": 12,
         "save_steps": 2,
         "workers": 1,
         "group_images": 2,
+        "eval": str(data / "train.jsonl"),
+        "eval_steps": 3,
+        "best_metric": "mean",
         "curriculum": [
             {"until": 0.5, "mix": {"text": 2, "multimodal": 1}},
             {"until": 1, "mix": {"text": 1, "multimodal": 2}},
@@ -267,30 +316,30 @@ def test_five_kills_at_random_moments_change_nothing(
     }
     whole = weights(train(recipe(**settings, output=str(data / "whole")), device="cpu").model_path)
     rng = random.Random(4)
-    moments = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
     folder = data / "run" / "checkpoints"
+    kinds = ["step", "step", "step", "saving", "saving", "evaluation", "evaluation", "worker"]
+    rng.shuffle(kinds)
+    killed = []
+    for kind in kinds:
+        done = min(11, max([0, *steps(folder)]) + rng.randint(0, 3))
+        kill = {
+            "step": partial(kill_in_step, rng.choice(MOMENTS), done),
+            "saving": partial(die_at_event, rng.randint(1, 40), folder),
+            "evaluation": partial(kill_in_evaluation, rng.randint(1, 30)),
+            "worker": partial(kill_worker, done),
+        }[kind]
 
-    def run_and_die(moment: str, done: int) -> None:
-        usual = getattr(CheckpointKeeper, moment)
+        def run_and_die(kill: Callable[[], None] = kill) -> None:
+            kill()
+            train(recipe(**settings), device="cpu")
 
-        def die(self: Any, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
-            if state.global_step == done:
-                os.kill(os.getpid(), signal.SIGKILL)
-            usual(self, args, state, *rest, **kwargs)
-
-        setattr(CheckpointKeeper, moment, die)
-        train(recipe(**settings), device="cpu")
-
-    reached = []
-    for _ in range(5):
-        moment = rng.choice(moments)
-        done = min(11, max([0, *steps(folder)]) + rng.randint(1, 4))
-        assert in_a_child(lambda moment=moment, done=done: run_and_die(moment, done)) == -signal.SIGKILL
-        reached.append((moment, done))
-    assert max(done for _, done in reached) > 4
+        code = {"saving": KILLED, "worker": 1}.get(kind, -signal.SIGKILL)  # the training ends by itself with its worker
+        assert in_a_child(run_and_die) == code, (kind, done)
+        killed.append((kind, done, steps(folder)))
     resumed = weights(train(recipe(**settings), device="cpu").model_path)
     for name in whole:
-        assert torch.equal(whole[name], resumed[name]), (name, reached)
+        assert torch.equal(whole[name], resumed[name]), (name, killed)
+    assert len({tuple(found) for *_, found in killed}) > 3, killed  # the kills came all over the training
 
 
 # --- The best, and the end of patience ---
