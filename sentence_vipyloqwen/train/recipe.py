@@ -67,6 +67,7 @@ class Recipe:
         eval: JSONL file of held-out records; evaluated before, during and after training.
         lazy_images: Whether images are opened when their rows run rather than by the workers beforehand, so that memory
             holds those of one part of a batch; by default where the loss is computed in parts, or with a vision cache.
+            In parts, a step's images wait for the backward pass in a temporary file (``TMPDIR``), 3 bytes a pixel.
         vision_cache: Folder in which the output of a frozen vision tower is kept (``frozen: [visual]``), so that an
             image is opened and computed once for all epochs and runs; none by default (extra ``vision-cache``).
         embedding_dim: Dimensions of an embedding.

@@ -165,6 +165,20 @@ def test_each_image_is_opened_once_a_step_and_few_are_held(
     assert threading.active_count() == threads
 
 
+def test_passes_that_only_wait_for_other_ranks_open_nothing_anew(
+    model: ViPyloQwen, pages: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that lacks forward passes shows a row of the positives again, whose image is open already."""
+    columns = [[f"<ocr> {i}" for i in range(4)], [{"image": [page]} for page in pages[:4]]]
+    loss = CachedPrefixRoutedLoss(model, mini_batch_size=1)
+    expected = step(loss, columns)
+    model[0].lazy_images = True
+    monkeypatch.setattr(cached_prefix_routed, "missing_forwards", lambda own, device: 3)
+    alive = Alive(monkeypatch)
+    assert_equal_steps(step(loss, columns), expected)
+    assert (alive.opened, alive.most) == (4, 1)
+
+
 def test_the_next_images_are_opened_while_the_model_runs(
     model: ViPyloQwen, pages: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
