@@ -46,7 +46,8 @@ class ProcessLost(RuntimeError):
 class StopOnSignal(TrainerCallback):
     """Has a signal end the training after the step under way, with a checkpoint.
 
-    An evaluation that is due there is made first: the best checkpoint and the curves are those of an undisturbed run.
+    The loss of the steps since the last entry of the log is logged, and an evaluation that is due there is made first:
+    the best checkpoint and the curves are those of an undisturbed run.
     Signals are heard within :meth:`listening` alone. SIGINT after the first ends the process at once; SIGTERM does not,
     as a scheduler's reaches a rank twice, once by way of the launcher. Ranks ask each other after each step, so that a
     signal to one of them stops all, at the same step.
@@ -106,7 +107,7 @@ class StopOnSignal(TrainerCallback):
     def _stop(self, control: TrainerControl) -> None:
         if any_rank(bool(self.received)):
             self.received = self.received or signal.SIGTERM
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
 
 def _outlive_the_step(number: int) -> None:

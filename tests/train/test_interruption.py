@@ -77,6 +77,12 @@ def test_a_signal_saves_first_and_the_run_goes_on_from_there(
     assert (data / "run" / "training.html").exists()
     resumed = weights(train(recipe(), device="cpu").model_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses, parts = (
+        {entry["step"]: entry["loss"] for entry in read_log(data / output / LOG_FILE) if "loss" in entry}
+        for output in ("whole", "run")
+    )
+    assert (list(losses), list(parts)) == ([2, 4, 6], [2, 3, 4, 6])  # an entry every two steps, and one at the end
+    assert losses[4] == pytest.approx((parts[3] + parts[4]) / 2)
 
 
 def test_a_signal_during_an_evaluation_ends_it_there(recipe: Make, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +159,7 @@ def test_another_rank_s_signal_stops_this_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(interruption, "any_rank", lambda flag: True)
     stop, control = StopOnSignal(), TrainerControl(should_evaluate=True)
     stop.on_step_end(None, None, control)
-    assert (control.should_save, control.should_training_stop, control.should_evaluate) == (True, True, True)
+    assert control == TrainerControl(should_log=True, should_save=True, should_evaluate=True, should_training_stop=True)
     assert stop.received == signal.SIGTERM
 
 
