@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import distributed, nn
+from sentence_transformers.util.distributed import get_world_size
+from torch import nn
 
 try:
     from torch.distributed.fsdp import FSDPModule
@@ -14,14 +15,9 @@ except ImportError:  # torch is built without distributed
     FSDPModule = ()
 
 
-def rank_count() -> int:
-    """How many processes run together; 1 for a process by itself."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def is_sharded(module: nn.Module) -> bool:
     """Whether each rank holds a part of a module's weights, by FSDP 2 or ZeRO-3, and gathers the rest when it runs."""
-    if rank_count() == 1:
+    if get_world_size() == 1:
         return False
     units = any(isinstance(part, FSDPModule) for part in module.modules())
     return units or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
@@ -43,7 +39,7 @@ def runs_together(module: nn.Module) -> bool:
     So it is with a sharded module, whose weights all ranks gather together, and with a module in training, whose
     gradients they add up together. A single process, and ranks that only embed, are free.
     """
-    if rank_count() == 1:
+    if get_world_size() == 1:
         return False
     trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
     return trains or is_sharded(module)

@@ -133,7 +133,7 @@ class Recipe:
             as ``ocr/recall@1``. Higher is better; the best checkpoint becomes the model. None takes the last.
         patience: Evaluations without a better one after which the training stops; 0 for no end before the last step.
         ddp_timeout: Seconds that a process waits for the others before it gives up: longer than the first one takes to
-            evaluate the untrained model.
+            read and check the records, which it does alone.
         save_steps: Optimiser steps between checkpoints; 0 for none, or with ``best_metric`` one at each evaluation.
         keep_checkpoints: How many checkpoints are kept. The last one and, with ``best_metric``, the best one always
             are, so that 1 may leave two; while one is written, it is one more.
@@ -200,7 +200,7 @@ class Recipe:
     patience: int = 0
     save_steps: int = 500
     keep_checkpoints: int = 2
-    ddp_timeout: int = 6 * 3600
+    ddp_timeout: int = 2 * 3600
     logging_steps: int = 10
     report_to: tuple[str, ...] = (AUTO,)
     workers: int = 0
