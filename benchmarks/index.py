@@ -103,8 +103,15 @@ def main() -> None:
     options = parser().parse_args()
     faiss.omp_set_num_threads(options.threads)
     draw = Draw(options.rows, options.dim, options.noise)
+    lines: list[list[Any]] = []
     with TemporaryDirectory(dir=options.folder) as folder:
-        lines = list(compare(Path(folder), draw, options.kind, options.rounds))
+        for line in compare(Path(folder), draw, options.kind, options.rounds):
+            lines.append(line)
+            report(lines, options)  # after each kind: the next may take an hour
+
+
+def report(lines: list[list[Any]], options: argparse.Namespace) -> None:
+    """Print the table so far, and put it into the file."""
     notes = [
         f"- {options.rows:,} vectors of {options.dim} dimensions around {options.rows // CLUSTER_ROWS:,} centres, "
         f"noise {options.noise}; {QUERIES} queries, k = {K}; batches of {BATCH}",

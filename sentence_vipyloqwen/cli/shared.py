@@ -58,7 +58,7 @@ def _is_stock(path: str) -> bool:
 
     from sentence_transformers.util import load_file_path
 
-    from sentence_vipyloqwen.modules.qwen2_vl import MODEL_TYPE
+    from sentence_vipyloqwen.modules.checkpoint import MODEL_TYPE
 
     modules, config = (load_file_path(path, name) for name in ("modules.json", "config.json"))
     if modules is None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.modules import InputModule
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
+from transformers import Qwen2VLImageProcessorPil, Qwen2VLModel
 from transformers.utils import PROCESSOR_NAME
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from sentence_vipyloqwen.extras import require
+from sentence_vipyloqwen.modules.checkpoint import load_parts, start_rows_at_mean
 from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX, ClosedImages, RowImages, closed_key
+from sentence_vipyloqwen.modules.features import (
+    image_features,
+    key_table,
+    named_image,
+    of_images,
+    patch_features,
+    text_features,
+)
 from sentence_vipyloqwen.modules.images import describe, fetch, image_key, image_size, open_image, source_identity
-from sentence_vipyloqwen.modules.inputs import MAX_IMAGES, AnySource, ParsedInput, parse_inputs
+from sentence_vipyloqwen.modules.inputs import AnySource, ParsedInput, parse_inputs
 from sentence_vipyloqwen.modules.mean_pooling import PACKED_EMBEDDINGS, PACKING
 from sentence_vipyloqwen.modules.packed_forward import (
     PLAN,
@@ -44,17 +49,12 @@ from sentence_vipyloqwen.modules.patches import (
 from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, RenderedInput, add_task_tokens, render
 from sentence_vipyloqwen.modules.spool import Spool
 from sentence_vipyloqwen.modules.vision_cache import ShownImage, VisionCache, check_frozen
-from sentence_vipyloqwen.modules.whole_weights import whole_weights
 
-Made = TypeVar("Made")
-
-MODEL_TYPE = "qwen2_vl"
 MAX_SEQ_LENGTH = 8192
 MIN_PIXELS = 4 * 28 * 28
 MAX_PIXELS = 1280 * 28 * 28
 """Pixel budget of one image: 4 to 1280 merged vision tokens, so that five images and a text fit 8192 tokens."""
 
-_PIXEL_KEYS = ("min_pixels", "max_pixels")
 _HUB_KEYS = ("token", "revision", "local_files_only", "cache_dir", "subfolder")
 
 
@@ -197,7 +197,7 @@ class Qwen2VLTransformer(InputModule):
         """Find the grid of each image of an input, once for each image of a batch, and fetch what is a URL."""
         for position, source in enumerate(item.images):
             if (identity := source_identity(source)) not in known:
-                with _named(item, position):
+                with named_image(item, position):
                     fetched = fetch(source, allow_urls=self.allow_urls, spool=spool)
                     known[identity] = fetched, grid_of(image_size(fetched), self.image_processor)
         found = [known[source_identity(source)] for source in item.images]
@@ -221,7 +221,7 @@ class Qwen2VLTransformer(InputModule):
         """
         images = [RowImages.of(row) for row in rows]
         cut_images = self._open(images, opened if opened is not None else ImagePatchCache())
-        return self._text_features(rows) | _image_features(images, cut_images) | _patches(cut_images)
+        return self._text_features(rows) | image_features(images, cut_images) | patch_features(cut_images)
 
     def collate_packed(self, rows: Sequence[RenderedInput], opened: ImagePatchCache | None = None) -> dict[str, Any]:
         """Turn rendered rows into features and plan their packed sequence, for a :meth:`forward` that takes them whole.
@@ -241,9 +241,9 @@ class Qwen2VLTransformer(InputModule):
             return self.collate(rows, opened)
         images = [RowImages.of(row) for row in rows]
         cut_images = self._open(images, opened if opened is not None else ImagePatchCache())
-        features: dict[str, Any] = self._text_features(rows) | _image_features(images, cut_images)
+        features: dict[str, Any] = self._text_features(rows) | image_features(images, cut_images)
         plan = pack(features, self.image_processor.merge_size, self.control.image_pad)
-        return features | {PLAN: plan} | _patches(cut_images, plan.images)
+        return features | {PLAN: plan} | patch_features(cut_images, plan.images)
 
     def collate_closed(self, rows: Sequence[RenderedInput]) -> dict[str, Any]:
         """Turn rendered rows into features without opening their images.
@@ -259,8 +259,8 @@ class Qwen2VLTransformer(InputModule):
             ValueError: If a file cannot be read; the message names its input and position.
         """
         images = tuple(RowImages.of(row) for row in rows)
-        keys = _of_images(images, lambda source, _: closed_key(source))
-        features = self._text_features(rows) | {"image_keys": _key_table(keys)}
+        keys = of_images(images, lambda source, _: closed_key(source))
+        features = self._text_features(rows) | {"image_keys": key_table(keys)}
         if any(keys):
             features |= {CLOSED_IMAGES: ClosedImages(images), ROW_INDEX: torch.arange(len(rows))}
         return features
@@ -298,11 +298,11 @@ class Qwen2VLTransformer(InputModule):
         Raises:
             ValueError: If it cannot be decoded; the message names its input and position.
         """
-        with _named(row, position):
+        with named_image(row, position):
             return self._cut(row.sources[position], row.grids[position]).patches
 
     def _open(self, rows: Sequence[RowImages], cache: ImagePatchCache) -> list[list[CutImage]]:
-        images = _of_images(rows, lambda source, grid: cache.get(source) or self._cut(source, grid))
+        images = of_images(rows, lambda source, grid: cache.get(source) or self._cut(source, grid))
         cache.keep({source_identity(image.source): image for row in images for image in row})
         return images
 
@@ -315,15 +315,7 @@ class Qwen2VLTransformer(InputModule):
         return CutImage(source, image_key(image), cut(image, grid, self.image_processor))
 
     def _text_features(self, rows: Sequence[RenderedInput]) -> dict[str, Tensor]:
-        lengths = np.array([len(row.token_ids) for row in rows])
-        real = np.arange(lengths.max()) < lengths[:, None]  # (B, L)
-        ids = np.full(real.shape, self.tokenizer.pad_token_id, dtype=np.int64)
-        ids[real] = np.concatenate([row.token_ids for row in rows])
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)),
-            "mm_token_type_ids": torch.from_numpy((ids == self.control.image_pad).astype(np.int64)),
-        }
+        return text_features(rows, self.control, self.tokenizer.pad_token_id)
 
     @property
     def _packs(self) -> bool:
@@ -487,7 +479,7 @@ class Qwen2VLTransformer(InputModule):
             zip(_HUB_KEYS, (token, revision, local_files_only, cache_folder, subfolder), strict=True),
             trust_remote_code=False,
         )
-        parts = _load_parts(model_name_or_path, hub, model_kwargs or {}, processor_kwargs or {}, config_kwargs or {})
+        parts = load_parts(model_name_or_path, hub, model_kwargs or {}, processor_kwargs or {}, config_kwargs or {})
         return cls(*parts)
 
     @classmethod
@@ -516,59 +508,13 @@ class Qwen2VLTransformer(InputModule):
         """
         pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         hub = {**(hub_kwargs or {}), "trust_remote_code": False}
-        model, tokenizer, image_processor = _load_parts(base, hub, model_kwargs or {}, pixels, {})
+        model, tokenizer, image_processor = load_parts(base, hub, model_kwargs or {}, pixels, {})
         known = len(tokenizer)
         add_task_tokens(tokenizer)
-        _start_rows_at_mean(model, known, len(tokenizer))
+        start_rows_at_mean(model, known, len(tokenizer))
         tokenizer.chat_template = CHAT_TEMPLATE
         tokenizer.model_max_length = max_seq_length
         return cls(model, tokenizer, image_processor)
-
-
-def _load_parts(
-    path: str,
-    hub: Mapping[str, Any],
-    model_kwargs: Mapping[str, Any],
-    processor_kwargs: Mapping[str, Any],
-    config_kwargs: Mapping[str, Any],
-) -> tuple[Qwen2VLModel, Any, Qwen2VLImageProcessorPil]:
-    for options in (model_kwargs, processor_kwargs, config_kwargs):
-        if options.get("trust_remote_code") or options.get("use_safetensors") is False:
-            raise ValueError(f"Code of a folder is never run, nor are pickled weights loaded; got {dict(options)}.")
-    config = _load_config(path, hub, config_kwargs)
-    with whole_weights():
-        model = Qwen2VLModel.from_pretrained(path, config=config, **{**hub, "use_safetensors": True, **model_kwargs})
-    tokenizer_kwargs = {key: value for key, value in processor_kwargs.items() if key not in _PIXEL_KEYS}
-    pixels = {key: value for key, value in processor_kwargs.items() if key in _PIXEL_KEYS}
-    tokenizer = AutoTokenizer.from_pretrained(path, **{**hub, **tokenizer_kwargs})
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **hub, **pixels)
-    low, high = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
-    if not 0 < low <= high:
-        raise ValueError(f"min_pixels is {low} and max_pixels {high}; allowed is 0 < min_pixels <= max_pixels.")
-    return model, tokenizer, image_processor
-
-
-def _load_config(path: str, hub: Mapping[str, Any], config_kwargs: Mapping[str, Any]) -> Any:
-    """The configuration of a checkpoint, or of the base model that a LoRA adapter's folder names."""
-    where = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    if find_adapter_config_file(path, **where) is not None:
-        path = require("peft", "lora").PeftConfig.from_pretrained(path, **where).base_model_name_or_path
-    config = AutoConfig.from_pretrained(path, **{**hub, **config_kwargs})
-    if config.model_type != MODEL_TYPE:
-        raise ValueError(f"{path!r} holds a model of type {config.model_type!r}; allowed is {MODEL_TYPE!r} (Qwen2-VL).")
-    return config
-
-
-@torch.no_grad()
-def _start_rows_at_mean(model: Qwen2VLModel, known: int, total: int) -> None:
-    """Give the new tokens' rows the mean of the known ones; the matrix grows only where it is too short.
-
-    Qwen2-VL's matrix has more rows than its tokenizer has tokens, so resizing to the tokenizer would shrink it.
-    """
-    if total > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(total, mean_resizing=False)
-    weight = model.get_input_embeddings().weight
-    weight[known:total] = weight[:known].float().mean(dim=0).to(weight.dtype)
 
 
 def _text_limit(processing_kwargs: Mapping[str, Mapping[str, Any]] | None) -> int | None:
@@ -576,48 +522,3 @@ def _text_limit(processing_kwargs: Mapping[str, Mapping[str, Any]] | None) -> in
     if unknown := sorted(given - {"text.max_length"}):
         raise ValueError(f"processing_kwargs has {unknown}; allowed is {{'text': {{'max_length': int}}}}.")
     return (processing_kwargs or {}).get("text", {}).get("max_length")
-
-
-@contextmanager
-def _named(item: ParsedInput | RowImages, position: int) -> Iterator[None]:
-    """Say in an error which image of which input it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Input {item.index}, image {position}: {error}") from error
-
-
-def _of_images(rows: Sequence[RowImages], make: Callable[[AnySource, Grid], Made]) -> list[list[Made]]:
-    """What is made of each image of each row; of a source that occurs twice, once."""
-    made: dict[str | int, Made] = {}
-    for row in rows:
-        for position, source in enumerate(row.sources):
-            if (identity := source_identity(source)) not in made:
-                with _named(row, position):
-                    made[identity] = make(source, row.grids[position])
-    return [[made[source_identity(source)] for source in row.sources] for row in rows]
-
-
-def _image_features(rows: Sequence[RowImages], images: Sequence[Sequence[CutImage]]) -> dict[str, Tensor]:
-    keys = _key_table([[image.key for image in row] for row in images])
-    if not any(images):
-        return {"image_keys": keys}
-    return {
-        "image_keys": keys,
-        "image_grid_thw": torch.tensor([(1, *grid) for row in rows for grid in row.grids]),
-        "num_images_per_sample": torch.tensor([len(row) for row in images]),
-    }
-
-
-def _patches(images: Sequence[Sequence[CutImage]], places: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """The patches of the images of all rows, or of those at some places among them."""
-    in_order = [image.patches for row in images for image in row]
-    chosen = in_order if places is None else [in_order[place] for place in places]
-    return {"pixel_values": torch.cat(chosen)} if chosen else {}
-
-
-def _key_table(keys: Sequence[Sequence[int]]) -> Tensor:
-    table = torch.zeros(len(keys), MAX_IMAGES, dtype=torch.int64)
-    for index, row in enumerate(keys):
-        table[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return table
