@@ -88,6 +88,7 @@ class CachedPrefixRoutedLoss(PrefixRoutedLoss):
         """
         columns = list(sentence_features)
         rows = self.read_rows_together(columns, labels)
+        columns = [self.shown(features) for features in columns]
         planned = [_Column(features, self._plan(features)) for features in columns]
         missing = missing_forwards(sum(len(column.mini_batches) for column in planned), rows.tasks.device)
         idle = [_Column(columns[1], [[0]] * missing)] if missing else []

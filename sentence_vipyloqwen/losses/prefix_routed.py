@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,16 +13,24 @@ from torch.nn import functional as F
 from sentence_vipyloqwen.losses import functional
 from sentence_vipyloqwen.losses.candidates import Candidates, Layout
 from sentence_vipyloqwen.losses.ranks import missing_forwards, raise_together
-from sentence_vipyloqwen.losses.rows import TASK_INDEX, BatchRows, content_keys, select_rows, task_indices
+from sentence_vipyloqwen.losses.rows import (
+    TASK_INDEX,
+    BatchRows,
+    content_keys,
+    hide_prefixes,
+    select_rows,
+    task_indices,
+)
 from sentence_vipyloqwen.losses.terms import LossTerms
 from sentence_vipyloqwen.modules.rendering import ControlTokens
-from sentence_vipyloqwen.tasks import ALL_TASKS, COSINE, INFO_NCE, SCORE_MSE, TRIPLET
+from sentence_vipyloqwen.tasks import ALL_TASKS, COSINE, INFO_NCE, SCORE_MSE, TASKS, TRIPLET
 
 Negatives = Literal["same_task", "all"]
 PairWeight = Literal["score", "uniform"]
 TripletScale = Literal["cosine", "temperature"]
 
 TEMPERATURE = 0.07
+TERMS = (INFO_NCE, SCORE_MSE, COSINE, TRIPLET)
 
 
 class PrefixRoutedLoss(nn.Module):
@@ -48,13 +56,14 @@ class PrefixRoutedLoss(nn.Module):
     Args:
         model: The model to train.
         temperature: Divides the similarities in InfoNCE.
-        weights: Task -> term -> weight, in place of the defaults named.
+        weights: Task -> term -> weight, in place of the defaults named, or beside them: any task may have any term.
         margins: Task -> margin of its triplet term, in place of the defaults named.
         negatives: ``"same_task"``: rows of one task are each other's negatives; ``"all"``: all rows are.
         pair_weight: ``"score"``: InfoNCE weighs a scored pair by its score, so that an unlike pair is not pulled
             together; ``"uniform"``: the published form, weight 1.
         triplet_scale: ``"cosine"``: margins in units of cosine; ``"temperature"``: the published form, similarities
             divided by the temperature.
+        hidden_prefixes: Tasks whose prefix the loss alone reads, and the model never sees: a routing without prompts.
         gather_across_devices: Whether the rows of all ranks are each other's negatives, as if one process had them all:
             a rank computes the losses of its own rows, embeddings are exchanged with their gradients, content keys rule
             out false negatives across ranks. Its loss is the sum over its rows / the average number of rows of a rank,
@@ -85,6 +94,7 @@ class PrefixRoutedLoss(nn.Module):
         negatives: Negatives = "same_task",
         pair_weight: PairWeight = "score",
         triplet_scale: TripletScale = "cosine",
+        hidden_prefixes: Collection[str] = (),
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
@@ -93,10 +103,11 @@ class PrefixRoutedLoss(nn.Module):
         self.model = model
         self.temperature = temperature
         self.weights = merge_weights(weights or {})
-        self.margins = merge_margins(margins or {})
+        self.margins = merge_margins(margins or {}, self.weights)
         self.negatives = _choice("negatives", negatives, Negatives)
         self.pair_weight = _choice("pair_weight", pair_weight, PairWeight)
         self.triplet_scale = _choice("triplet_scale", triplet_scale, TripletScale)
+        self.hidden_prefixes = check_prefixes(hidden_prefixes)
         self.gather_across_devices = gather_across_devices
         self.control = ControlTokens.of(model.tokenizer)
 
@@ -109,10 +120,15 @@ class PrefixRoutedLoss(nn.Module):
         """
         columns = list(sentence_features)
         rows = self.read_rows_together(columns, labels)
+        columns = [self.shown(features) for features in columns]
         idle = [select_rows(columns[1], [0]) for _ in range(missing_forwards(len(columns), rows.tasks.device))]
         embeddings = [self.model(features)["sentence_embedding"] for features in (*columns, *idle)]
         terms = self.compute_loss_from_embeddings(embeddings[: len(columns)], rows)
         return terms.with_idle(embeddings[len(columns) :])
+
+    def shown(self, features: dict[str, Any]) -> dict[str, Any]:
+        """What the model sees of a column: all but the hidden prefixes."""
+        return hide_prefixes(features, self.control, self.hidden_prefixes) if self.hidden_prefixes else features
 
     def read_rows_together(self, columns: Sequence[Mapping[str, Tensor]], labels: Tensor | None) -> BatchRows:
         """:meth:`read_rows`, where an error of one rank is raised by all.
@@ -213,6 +229,7 @@ class PrefixRoutedLoss(nn.Module):
             "negatives": self.negatives,
             "pair_weight": self.pair_weight,
             "triplet_scale": self.triplet_scale,
+            "hidden_prefixes": list(self.hidden_prefixes),
             "gather_across_devices": self.gather_across_devices,
         }
 
@@ -246,10 +263,10 @@ def _hardest_negative(in_batch: Tensor, own: Tensor) -> Tensor:
 
 
 def merge_weights(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The default weights of every task with some replaced.
+    """The default weights of every task with some replaced or added.
 
-    >>> merge_weights({"ocr": {"triplet": 2}})["ocr"]
-    {'info_nce': 1.0, 'triplet': 2}
+    >>> merge_weights({"ocr": {"triplet": 2, "cosine": 1}})["ocr"]
+    {'info_nce': 1.0, 'triplet': 2, 'cosine': 1}
 
     Raises:
         ValueError: If a task or a term is unknown, or a weight is negative.
@@ -258,26 +275,43 @@ def merge_weights(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dic
     for task, weights in overrides.items():
         _check_known("task", task, merged)
         for term, weight in weights.items():
-            _check_known(f"term of task {task!r}", term, merged[task])
+            _check_known(f"term of task {task!r}", term, TERMS)
             if not weight >= 0:
                 raise ValueError(f"The weight of {task}/{term} is {weight}; it must be at least 0.")
             merged[task][term] = weight
     return merged
 
 
-def merge_margins(overrides: Mapping[str, float]) -> dict[str, float]:
-    """The default margins of the tasks that have one, with some replaced.
+def merge_margins(overrides: Mapping[str, float], weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The default margins of the tasks that have a triplet term, with some replaced.
+
+    Args:
+        overrides: Task -> margin.
+        weights: Task -> term -> weight, of all tasks.
 
     Raises:
-        ValueError: If a task has no triplet term, or a margin is negative.
+        ValueError: If a task has no triplet term, or one and no margin; or if a margin is negative.
     """
-    merged = {name: task.margin for name, task in ALL_TASKS.items() if task.margin is not None}
+    triplets = [name for name, terms in weights.items() if TRIPLET in terms]
     for task, margin in overrides.items():
-        _check_known("task with a margin", task, merged)
+        _check_known("task with a margin", task, triplets)
         if not margin >= 0:
             raise ValueError(f"The margin of {task} is {margin}; it must be at least 0.")
-        merged[task] = margin
-    return merged
+    merged = {name: overrides.get(name, ALL_TASKS[name].margin) for name in triplets}
+    if missing := [name for name, margin in merged.items() if margin is None]:
+        raise ValueError(f"No margin is given for the triplet term of {missing}, which have no default.")
+    return {name: margin for name, margin in merged.items() if margin is not None}
+
+
+def check_prefixes(tasks: Collection[str]) -> tuple[str, ...]:
+    """The tasks, if all of them have a prefix.
+
+    Raises:
+        ValueError: If one has none or is unknown.
+    """
+    for task in tasks:
+        _check_known("task with a prefix", task, TASKS)
+    return tuple(tasks)
 
 
 def _check_known(what: str, name: str, allowed: Iterable[str]) -> None:

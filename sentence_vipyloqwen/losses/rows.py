@@ -5,7 +5,7 @@ Works on the features of our own modules and of stock Sentence Transformers alik
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from sentence_vipyloqwen.modules.rendering import ControlTokens
 from sentence_vipyloqwen.tasks import ALL_TASKS, GENERAL
 
+_TOKEN_FEATURES = ("input_ids", "attention_mask", "mm_token_type_ids")
 TASK_INDEX: Mapping[str, int] = {name: index for index, name in enumerate(ALL_TASKS)}
 
 # Odd 64-bit constants of the splitmix64 generator (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195), as
@@ -52,14 +53,40 @@ def task_indices(features: Mapping[str, Tensor], control: ControlTokens) -> Tens
         (B,) int64 positions in ``ALL_TASKS``; the task without a prefix where no prefix stands at the head.
     """
     ids = features["input_ids"]
-    image_parts = torch.tensor([control.vision_start, control.image_pad, control.vision_end], device=ids.device)
-    is_text = features["attention_mask"].bool() & ~torch.isin(ids, image_parts)
-    head = is_text.int().argmax(dim=1, keepdim=True)  # (B, 1): the first text token; 0 in a row of images alone
-    token = ids.gather(1, head)
+    token = ids.gather(1, _heads(features, control))
     tokens = torch.tensor(list(control.tasks.values()), device=ids.device)
     indices = torch.tensor([TASK_INDEX[name] for name in control.tasks], device=ids.device)
     match = token == tokens  # (B, 5)
     return torch.where(match.any(dim=1), indices[match.int().argmax(dim=1)], TASK_INDEX[GENERAL.name])
+
+
+def _heads(features: Mapping[str, Tensor], control: ControlTokens) -> Tensor:
+    """(B, 1) place of each row's first text token; 0 in a row of images alone."""
+    ids = features["input_ids"]
+    image_parts = torch.tensor([control.vision_start, control.image_pad, control.vision_end], device=ids.device)
+    is_text = features["attention_mask"].bool() & ~torch.isin(ids, image_parts)
+    return is_text.int().argmax(dim=1, keepdim=True)
+
+
+def hide_prefixes(features: Mapping[str, Any], control: ControlTokens, tasks: Collection[str]) -> dict[str, Any]:
+    """The features of a column without the prefixes of some tasks, as if they had never been written.
+
+    Args:
+        features: Those of B rows, padded on either side.
+        control: Ids of the control tokens.
+        tasks: Tasks that have a prefix.
+
+    Returns:
+        The same features; in rows of these tasks, the prefix gave way to one more token of padding.
+    """
+    hidden = torch.tensor([TASK_INDEX[name] for name in tasks], device=features["input_ids"].device)
+    of_row = torch.isin(task_indices(features, control), hidden)  # (B,)
+    places = torch.arange(features["input_ids"].shape[1], device=of_row.device)
+    gone = of_row[:, None] & (places == _heads(features, control))  # (B, L)
+    padded_left = features["attention_mask"][:, :1] == 0
+    order = (gone ^ padded_left).int().argsort(dim=1, stable=True)  # (B, L): the prefix goes to the padding's side
+    tokens = {**features, "attention_mask": features["attention_mask"] * ~gone}
+    return {**features, **{name: tokens[name].gather(1, order) for name in _TOKEN_FEATURES if name in features}}
 
 
 def content_keys(features: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 
 from sentence_vipyloqwen.losses import CachedPrefixRoutedLoss, PrefixRoutedLoss
 from sentence_vipyloqwen.model import ViPyloQwen, is_finished_model
+from sentence_vipyloqwen.modules.mean_pooling import MeanPooling
 from sentence_vipyloqwen.modules.vision_cache import VisionCache
 from sentence_vipyloqwen.train.adapters import AdapterTrainer, add_lora, four_bits, save_base
 from sentence_vipyloqwen.train.evaluation import Evaluation
@@ -47,7 +48,7 @@ def make_model(
             base = recipe.base if is_finished_model(recipe.base) else _saved_base(recipe, output / BASE)
         extra = four_bits(arguments.device) if recipe.tuning == QLORA else {}
         model = ViPyloQwen(base, device=device, model_kwargs={**model_options(recipe), **extra})
-        _check_sizes(_given_sizes(recipe), model, recipe.base)
+        _check_own(recipe, model)
         add_lora(
             model,
             r=recipe.lora_r,
@@ -75,11 +76,14 @@ def _open_vision_cache(model: ViPyloQwen, folder: str) -> VisionCache:
 
 
 def _whole_model(recipe: Recipe, device: str | None) -> ViPyloQwen:
-    sizes = _given_sizes(recipe)
-    if not is_finished_model(recipe.base):
-        return ViPyloQwen.create(recipe.base, **sizes, **model_options(recipe), seed=recipe.seed, device=device)
-    model = ViPyloQwen(recipe.base, device=device, model_kwargs=model_options(recipe))
-    _check_sizes(sizes, model, recipe.base)
+    if is_finished_model(recipe.base):
+        model = ViPyloQwen(recipe.base, device=device, model_kwargs=model_options(recipe))
+        _check_own(recipe, model)
+        return model
+    options = {**_given_sizes(recipe), **model_options(recipe)}
+    model = ViPyloQwen.create(recipe.base, **options, seed=recipe.seed, device=device)
+    if recipe.pooling:
+        model[1] = MeanPooling(model[1].embedding_dimension, recipe.pooling)
     return model
 
 
@@ -101,18 +105,22 @@ def _given_sizes(recipe: Recipe) -> dict[str, int]:
     return {name: value for name, value in sizes.items() if value is not None}
 
 
-def _check_sizes(given: Mapping[str, int], model: ViPyloQwen, base: str) -> None:
-    """A finished model keeps its sizes: refuse a setting that names another."""
+def _check_own(recipe: Recipe, model: ViPyloQwen) -> None:
+    """A finished model keeps its sizes and its pooling: refuse a setting that names another."""
+    given = {**_given_sizes(recipe), **({"pooling": recipe.pooling} if recipe.pooling else {})}
     pixels = model[0].image_processor.size
     own = {
         "embedding_dim": model.get_embedding_dimension(),
+        "pooling": model[1].pooling_mode,
         "max_seq_length": model.max_seq_length,
         "min_pixels": pixels["shortest_edge"],
         "max_pixels": pixels["longest_edge"],
     }
     for name, value in given.items():
         if value != own[name]:
-            raise ValueError(f"Setting {name} is {value}; the finished model {base!r} has {own[name]} and keeps it.")
+            raise ValueError(
+                f"Setting {name} is {value}; the finished model {recipe.base!r} has {own[name]} and keeps it."
+            )
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -141,6 +149,7 @@ def make_loss(recipe: Recipe, model: ViPyloQwen) -> nn.Module:
         "negatives": recipe.negatives,
         "pair_weight": recipe.pair_weight,
         "triplet_scale": recipe.triplet_scale,
+        "hidden_prefixes": recipe.hidden_prefixes,
         "gather_across_devices": recipe.gather_negatives,
     }
     parts = {"mini_batch_size": recipe.loss_mini_batch_size, "mini_batch_num_tokens": recipe.loss_mini_batch_tokens}

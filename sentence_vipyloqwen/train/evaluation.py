@@ -23,8 +23,8 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import SentenceEvaluator
 from torch.nn import functional
 
-from sentence_vipyloqwen.tasks import ALL_TASKS, SCORE_MSE
+from sentence_vipyloqwen.tasks import ALL_TASKS, SCORE_MSE, split_prefix
 from sentence_vipyloqwen.train import metrics
 from sentence_vipyloqwen.train.records import Record, Side, StrPath, read_records
 
@@ -141,6 +141,17 @@ class Evaluation:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=2, allow_nan=False)
 
+    def flat(self) -> Metrics:
+        """The figures that a trainer logs, as ``<task>_<metric>``; see `TasksEvaluator`."""
+        measured = {"tasks_mean": self.mean}
+        for task, result in self.tasks.items():
+            measured.update({f"{task}_{metric}": value for metric, value in result.metrics.items()})
+        for size, of_size in self.dims.items():
+            measured[f"dim{size}_tasks_mean"] = of_size.mean
+            for task, result in of_size.tasks.items():
+                measured[f"dim{size}_{task}_{result.headline}"] = result.metrics[result.headline]
+        return measured
+
     def table(self) -> Table:
         """A table for the screen: a row for each task and, below it, for each of its groups and each size."""
         measured = {metric for result in self.tasks.values() for metric in result.metrics}
@@ -167,6 +178,7 @@ def evaluate(
     path_or_records: StrPath | Iterable[Record],
     *,
     dims: Iterable[int] = (),
+    hidden_prefixes: Collection[str] = (),
     batch_size: int = 64,
     show_progress_bar: bool | None = None,
 ) -> Evaluation:
@@ -176,6 +188,7 @@ def evaluate(
         model: A `ViPyloQwen`, or any `SentenceTransformer` that takes the records' inputs.
         path_or_records: A JSONL file of records, or the records. They and their embeddings are held in memory.
         dims: Sizes to measure at beside the whole embedding: by its first so many numbers. Its own size is no other.
+        hidden_prefixes: Tasks whose prefix is taken off their texts; the task is measured as before.
         batch_size: Passed to `model.encode`.
         show_progress_bar: Passed to `model.encode`.
 
@@ -186,7 +199,7 @@ def evaluate(
         RecordError: If the file has a line that is not a record.
         ValueError: If there is no record, an embedding has fewer dimensions than asked for, or one is not finite.
     """
-    records = _read(path_or_records)
+    records = _read(path_or_records, hidden_prefixes)
     inputs = list(dict.fromkeys(side for record in records for side in (record.anchor, record.positive)))
     vectors = model.encode(
         [side.as_input() for side in inputs],
@@ -235,6 +248,7 @@ class TasksEvaluator(SentenceEvaluator):
         path_or_records: A JSONL file of records, or the records; read once, here.
         name: Put in front of every metric's name, with an underscore.
         dims: Sizes to measure at beside the whole embedding.
+        hidden_prefixes: Tasks whose prefix is taken off their texts.
         batch_size: Passed to `model.encode`.
         show_progress_bar: Passed to `model.encode`.
 
@@ -249,11 +263,12 @@ class TasksEvaluator(SentenceEvaluator):
         *,
         name: str = "",
         dims: Iterable[int] = (),
+        hidden_prefixes: Collection[str] = (),
         batch_size: int = 64,
         show_progress_bar: bool | None = False,
     ) -> None:
         super().__init__()
-        self.records = _read(path_or_records)
+        self.records = _read(path_or_records, hidden_prefixes)
         self.name = name
         self.dims = tuple(dims)
         self.batch_size = batch_size
@@ -266,14 +281,7 @@ class TasksEvaluator(SentenceEvaluator):
         """Evaluate the model; see `evaluate`. Nothing is written to `output_path`."""
         options = {"batch_size": self.batch_size, "show_progress_bar": self.show_progress_bar}
         evaluation = evaluate(model, self.records, dims=self.dims, **options)
-        measured = {"tasks_mean": evaluation.mean}
-        for task, result in evaluation.tasks.items():
-            measured.update({f"{task}_{metric}": value for metric, value in result.metrics.items()})
-        for size, of_size in evaluation.dims.items():
-            measured[f"dim{size}_tasks_mean"] = of_size.mean
-            for task, result in of_size.tasks.items():
-                measured[f"dim{size}_{task}_{result.headline}"] = result.metrics[result.headline]
-        measured = self.prefix_name_to_metrics(measured, self.name)
+        measured = self.prefix_name_to_metrics(evaluation.flat(), self.name)
         self.store_metrics_in_model_card_data(model, measured, epoch, steps)
         return measured
 
@@ -283,12 +291,17 @@ class TasksEvaluator(SentenceEvaluator):
         return "Prefixed Tasks"
 
 
-def _read(path_or_records: StrPath | Iterable[Record]) -> list[Record]:
+def _read(path_or_records: StrPath | Iterable[Record], hidden_prefixes: Collection[str]) -> list[Record]:
     is_path = isinstance(path_or_records, (str, os.PathLike))
     records = list(read_records(path_or_records) if is_path else path_or_records)
     if not records:
         raise ValueError(f"{path_or_records if is_path else 'records'}: no record to evaluate; allowed: at least one")
-    return records
+    return [_without_prefix(record) if record.task.name in hidden_prefixes else record for record in records]
+
+
+def _without_prefix(record: Record) -> Record:
+    anchor, positive = (replace(side, text=split_prefix(side.text)[1]) for side in (record.anchor, record.positive))
+    return replace(record, anchor=anchor, positive=positive)
 
 
 @dataclass(frozen=True)

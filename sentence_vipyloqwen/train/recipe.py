@@ -18,6 +18,7 @@ from sentence_vipyloqwen.losses.prefix_routed import (
     Negatives,
     PairWeight,
     TripletScale,
+    check_prefixes,
     merge_margins,
     merge_weights,
 )
@@ -38,6 +39,7 @@ DTYPE = "float32"
 DTYPES = (DTYPE, "bfloat16", "float16")
 _CHOICES = {
     "dtype": (None, *DTYPES),
+    "pooling": (None, MEAN, "lasttoken", "weightedmean", "max"),
     "negatives": get_args(Negatives),
     "pair_weight": get_args(PairWeight),
     "triplet_scale": get_args(TripletScale),
@@ -55,8 +57,8 @@ _WITH_EVALUATION = "one only with eval, a file, and eval_steps above 0"
 class Recipe:
     """Settings of a training run.
 
-    ``embedding_dim``, ``max_seq_length``, ``min_pixels`` and ``max_pixels`` are a new model's, by default those of
-    ``ViPyloQwen.create``. A finished model keeps its own; one given that differs from them is refused.
+    ``embedding_dim``, ``pooling``, ``max_seq_length``, ``min_pixels`` and ``max_pixels`` are a new model's, by default
+    those of ``ViPyloQwen.create``. A finished model keeps its own; one given that differs from them is refused.
 
     Attributes:
         base: Qwen2-VL checkpoint to start from (Hub id or folder), or a finished model to go on training.
@@ -71,6 +73,8 @@ class Recipe:
         vision_cache: Folder in which the output of a frozen vision tower is kept (``frozen: [visual]``), so that an
             image is opened and computed once for all epochs and runs; none by default (extra ``vision-cache``).
         embedding_dim: Dimensions of an embedding.
+        pooling: How tokens become one vector, by the name of Sentence Transformers' ``Pooling``: ``mean``,
+            ``lasttoken``, ``weightedmean`` (later tokens weigh more) or ``max``.
         max_seq_length: Most tokens of an input.
         min_pixels: Fewest pixels of an image after resizing.
         max_pixels: Most pixels of an image after resizing.
@@ -103,11 +107,12 @@ class Recipe:
         bf16: Whether to compute in bfloat16 (autocast); the weights stay as ``dtype`` says.
         gradient_checkpointing: Whether to recompute activations rather than keep them.
         temperature: Of InfoNCE.
-        weights: Task -> term -> weight, in place of the task table's.
+        weights: Task -> term -> weight, in place of the task table's, or beside them.
         margins: Task -> margin, in place of the task table's.
         negatives: ``same_task`` or ``all``.
         pair_weight: ``score`` or ``uniform`` (published).
         triplet_scale: ``cosine`` or ``temperature`` (published).
+        hidden_prefixes: Tasks whose prefix the loss alone reads: the model, in training and evaluation, never sees it.
         matryoshka_dims: Embedding sizes trained together, e.g. ``[1024, 512, 256, 128]``; none by default.
         loss_mini_batch_size: Rows of a forward pass where a batch is contrasted as a whole but computed in parts
             (GradCache): large batches in little memory, at one more forward pass. 0 for one pass.
@@ -153,6 +158,7 @@ class Recipe:
     lazy_images: bool | None = None
     vision_cache: str | None = None
     embedding_dim: int | None = None
+    pooling: str | None = None
     max_seq_length: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -184,6 +190,7 @@ class Recipe:
     negatives: str = "same_task"
     pair_weight: str = "score"
     triplet_scale: str = "cosine"
+    hidden_prefixes: tuple[str, ...] = ()
     matryoshka_dims: tuple[int, ...] = ()
     loss_mini_batch_size: int = 0
     loss_mini_batch_tokens: int | None = None
@@ -226,8 +233,8 @@ class Recipe:
         least = MIN_PIXELS if self.min_pixels is None else self.min_pixels
         most = MAX_PIXELS if self.max_pixels is None else self.max_pixels
         _check(0 < least <= most, "min_pixels", least, f"from 1 to max_pixels, {most}")
-        merge_weights(self.weights)
-        merge_margins(self.margins)
+        merge_margins(self.margins, merge_weights(self.weights))
+        check_prefixes(self.hidden_prefixes)
         self._check_evaluation()
         self._check_sampling()
 

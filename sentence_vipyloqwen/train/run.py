@@ -40,6 +40,7 @@ from sentence_vipyloqwen.train.build import (
     model_options,
     trainer_class,
 )
+from sentence_vipyloqwen.train.card import write_model_card
 from sentence_vipyloqwen.train.checkpoints import (
     CheckpointKeeper,
     EarlyStopping,
@@ -115,7 +116,8 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     checkpoint = _find_checkpoint(recipe, output, arguments.world_size)
     # 1. Data and model.
     dataset = load_tasks(recipe.train, on_error=recipe.on_error, show_progress_bar=True)
-    evaluator = TasksEvaluator(recipe.eval, dims=recipe.matryoshka_dims) if recipe.eval else None
+    options = {"dims": recipe.matryoshka_dims, "hidden_prefixes": recipe.hidden_prefixes}
+    evaluator = TasksEvaluator(recipe.eval, **options) if recipe.eval else None
     model = make_model(recipe, arguments, output, device)
     # 2. The trainer; it knows which of several processes writes.
     parts = _make_parts(recipe, arguments, model, dataset, evaluator)
@@ -151,6 +153,9 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     if after:
         _add_metrics(output / METRICS_FILE, after=after)
         _report(output)
+    if writes:
+        figures = {"evaluator": evaluator, "before": before, "after": after}
+        write_model_card(model.model_card_data, trained, model_path, recipe, **figures)
     atexit.register(_leave_group)
     return TrainingResult(trained, model_path, before, after)
 

@@ -15,10 +15,10 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch.nn import functional as F
 
 from sentence_vipyloqwen import ViPyloQwen
-from sentence_vipyloqwen.losses import PrefixRoutedLoss
+from sentence_vipyloqwen.losses import CachedPrefixRoutedLoss, PrefixRoutedLoss
 from sentence_vipyloqwen.losses.prefix_routed import BatchRows
-from sentence_vipyloqwen.losses.rows import TASK_INDEX, content_keys, task_indices
-from sentence_vipyloqwen.tasks import ALL_TASKS
+from sentence_vipyloqwen.losses.rows import TASK_INDEX, content_keys, hide_prefixes, task_indices
+from sentence_vipyloqwen.tasks import ALL_TASKS, TASKS
 
 Picture = Callable[..., Image.Image]
 ANCHORS = ["<text_pair> a", "<instr> b", "<ocr> c", "<vqa_single> d", "<vqa_multi> e", "f"]
@@ -177,7 +177,9 @@ def test_the_options(model: ViPyloQwen) -> None:
     [
         ({"temperature": 0}, "temperature is 0"),
         ({"weights": {"ocrr": {}}}, "Unknown task: 'ocrr'; allowed are"),
-        ({"weights": {"ocr": {"cosine": 1}}}, "Unknown term of task 'ocr': 'cosine'; allowed are"),
+        ({"weights": {"ocr": {"cosin": 1}}}, "Unknown term of task 'ocr': 'cosin'; allowed are"),
+        ({"weights": {"instr": {"triplet": 1}}}, "No margin is given for the triplet term of .'instr'."),
+        ({"hidden_prefixes": ["general"]}, "Unknown task with a prefix: 'general'; allowed are"),
         ({"weights": {"ocr": {"triplet": -1}}}, "weight of ocr/triplet is -1"),
         ({"margins": {"instr": 0.1}}, "Unknown task with a margin: 'instr'"),
         ({"margins": {"ocr": -0.1}}, "margin of ocr is -0.1"),
@@ -226,6 +228,46 @@ def test_content_keys_do_not_depend_on_the_batch(any_model: SentenceTransformer,
     together = content_keys(any_model.preprocess(items))
     alone = [content_keys(any_model.preprocess([item])).item() for item in items]
     assert together.tolist() == alone
+
+
+def test_a_hidden_prefix_leaves_the_rest_as_it_would_be_without(
+    any_model: SentenceTransformer, picture: Picture
+) -> None:
+    images = [[picture()], [], [picture(seed=1)], [], [picture(), picture(seed=1)], []]
+    control = PrefixRoutedLoss(any_model).control
+    seen = hide_prefixes(any_model.preprocess(sides(ANCHORS, images)), control, ["text_pair", "ocr", "vqa_multi"])
+    bare = [" a", "<instr> b", " c", "<vqa_single> d", " e", "f"]
+    rows = seen["attention_mask"].bool()
+    kept = [ids[mask].tolist() for ids, mask in zip(seen["input_ids"], rows, strict=True)]
+    expected = any_model.preprocess(sides(bare, images))
+    rows = expected["attention_mask"].bool()
+    assert kept == [ids[mask].tolist() for ids, mask in zip(expected["input_ids"], rows, strict=True)]
+    torch.testing.assert_close(
+        any_model(seen)["sentence_embedding"], any_model(expected)["sentence_embedding"], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_loss_routes_by_a_prefix_that_the_model_never_sees(model: ViPyloQwen) -> None:
+    columns = [model.preprocess(sides(ANCHORS)), model.preprocess(sides(list("uvwxyz")))]
+    loss = PrefixRoutedLoss(model, negatives="all", hidden_prefixes=list(TASKS))
+    bare = [model.preprocess(sides([" a", " b", " c", " d", " e", "f"])), columns[1]]
+    embeddings = [model(dict(column))["sentence_embedding"] for column in bare]
+    expected = loss.compute_loss_from_embeddings(embeddings, loss.read_rows(columns))
+    terms = loss(columns)
+    assert expected["ocr/triplet"] > 0
+    for name in expected:
+        torch.testing.assert_close(terms[name], expected[name])
+    cached = CachedPrefixRoutedLoss(model, mini_batch_size=2, negatives="all", hidden_prefixes=list(TASKS))(columns)
+    torch.testing.assert_close(total(cached), total(expected))
+
+
+def test_any_task_may_have_any_term(model: ViPyloQwen) -> None:
+    loss = PrefixRoutedLoss(model, weights={"instr": {"triplet": 2}}, margins={"instr": 0.5})
+    embeddings = [plane(0, 90), plane(60, 90)]  # the first is 60 degrees from its positive, 90 from its negative
+    terms = loss.compute_loss_from_embeddings(embeddings, rows_of(["instr", "instr"]))
+    first, second = 0.5 - (0.5 - 0), 0.5 - (1 - math.cos(math.pi / 6))
+    assert terms["instr/triplet"].item() == pytest.approx(2 * (first + max(second, 0)) / 2)
+    assert loss.margins == {"instr": 0.5, "ocr": 0.2, "vqa_single": 0.2, "vqa_multi": 0.3}
 
 
 def test_both_models_have_the_same_loss_and_gradients(folder: Path, picture: Picture) -> None:

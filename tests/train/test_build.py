@@ -8,16 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from sentence_vipyloqwen import CachedPrefixRoutedLoss, PrefixRoutedLoss, ViPyloQwen
 from sentence_vipyloqwen.modules.vision_cache import VisionCache
 from sentence_vipyloqwen.train import build
 from sentence_vipyloqwen.train.adapters import AdapterTrainer
-from sentence_vipyloqwen.train.build import make_arguments, make_loss, make_trackers, trainer_class
+from sentence_vipyloqwen.train.build import make_arguments, make_loss, make_model, make_trackers, trainer_class
 from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.run import train
 from sentence_vipyloqwen.train.sampling import Phase, SplitBatchSampler, TaskMixBatchSampler
@@ -54,6 +56,22 @@ def test_a_mix_of_tasks_takes_our_samplers(recipe: Make, data: Path, settings: d
     assert mix.keywords["temperature"] == made.mix_temperature
     assert mix.keywords["curriculum"] == tuple(Phase(**phase) for phase in made.curriculum)
     assert pickle.loads(pickle.dumps(mix)).keywords == mix.keywords
+
+
+def test_a_new_model_pools_as_asked_and_a_finished_one_as_it_did(
+    recipe: Make, data: Path, folder: Path, tmp_path: Path
+) -> None:
+    made = recipe(pooling="lasttoken")
+    model = make_model(made, make_arguments(made, data, "cpu"), data, "cpu")
+    model.save_pretrained(str(tmp_path / "last"))
+    tokens = model(model.preprocess(["một hai"]), padded_output=True)["token_embeddings"][0, -1]
+    expected = F.normalize(model[2].linear(tokens), dim=0).detach().numpy()
+    for loaded in (ViPyloQwen, SentenceTransformer):
+        vector = loaded(str(tmp_path / "last"), device="cpu").encode("một hai")
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    other = recipe(base=str(folder), embedding_dim=None, max_seq_length=None, pooling="lasttoken")
+    with pytest.raises(ValueError, match="Setting pooling is lasttoken; the finished model .* has mean and keeps it"):
+        make_model(other, make_arguments(other, data, "cpu"), data, "cpu")
 
 
 def test_round_robin_deals_the_batches_of_groups(recipe: Make, data: Path) -> None:

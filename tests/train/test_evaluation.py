@@ -339,3 +339,17 @@ def test_a_run_that_trains_several_sizes_measures_each(recipe: Callable[..., Rec
     (entry,) = [entry for entry in read_log(data / "run" / "log.jsonl") if "eval_tasks_mean" in entry]
     assert entry["eval_dim8_tasks_mean"] == pytest.approx(result.after.dims[8].mean)
     assert "the same at 8 dimensions" in (data / "run" / "training.html").read_text(encoding="utf-8")
+
+
+def test_prefixes_are_taken_off_as_if_they_had_been_forgotten() -> None:
+    records = [
+        Record(ALL_TASKS["ocr"], Side("<ocr> a"), Side("x")),
+        Record(ALL_TASKS["instr"], Side("<instr> b"), Side("y")),
+        Record(ALL_TASKS["text_pair"], Side("<text_pair> c"), Side("<text_pair> d"), score=0.5),
+    ]
+    evaluator = TasksEvaluator(records, hidden_prefixes=["ocr", "text_pair"])
+    texts = [(record.anchor.text, record.positive.text) for record in evaluator.records]
+    assert texts == [(" a", "x"), ("<instr> b", "y"), (" c", " d")]
+    seen = by_table({" a": (1, 0), "x": (1, 0), " b": (1, 0), "y": (0, 1), "<instr> b": (0, 1), " c": (1, 0)})
+    result = evaluate(seen, records[:2], hidden_prefixes=["ocr"])
+    assert {name: task.metrics["recall@1"] for name, task in result.tasks.items()} == {"instr": 1.0, "ocr": 1.0}
