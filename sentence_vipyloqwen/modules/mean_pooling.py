@@ -1,4 +1,4 @@
-"""The mean over every token of a row."""
+"""One vector for a row, of its packed tokens: their mean, or the last of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ PACKING, PACKED_EMBEDDINGS = "packing", "packed_embeddings"
 class MeanPooling(Pooling):
     """Sentence Transformers' ``Pooling``, mean over every token by default: image, prefix and text tokens alike.
 
-    Saved and loaded as ``Pooling``. A folder that pools otherwise keeps its own mode; a packed batch is padded for it.
+    Saved and loaded as ``Pooling``. A folder that pools otherwise keeps its own mode: the last token is taken from the
+    packed batch as the mean is, for any other mode the batch is padded.
     """
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -24,7 +25,8 @@ class MeanPooling(Pooling):
             return super().forward(features, **kwargs)
         packing: Packing = features.pop(PACKING)
         tokens = features.pop(PACKED_EMBEDDINGS)
-        if self.pooling_mode == "mean" and self.include_prompt:
-            features["sentence_embedding"] = packing.mean(tokens)
+        packed_modes = {"mean": packing.mean, "lasttoken": packing.last}
+        if self.include_prompt and self.pooling_mode in packed_modes:
+            features["sentence_embedding"] = packed_modes[self.pooling_mode](tokens)
             return features
         return super().forward({**features, "token_embeddings": packing.pad(tokens)}, **kwargs)

@@ -1,9 +1,9 @@
 """Packing a batch: one sequence without padding, in which what several rows share stands once.
 
 Images come first and attention is causal, so rows that begin with the same images have the same hidden states there.
-A batch is read as a forest: each image is a step down from the root, the text is the last step, and rows that take the
-same steps meet in the same node. What is then computed, for two questions on page A, one on the pages A and B, and a
-text of its own that occurs twice::
+A batch is read as a forest: each image, with what text another model's template may set before it, is a step down from
+the root, the text is the last step, and rows that take the same steps meet in the same node. What is then computed, for
+two questions on page A, one on the pages A and B, and a text of its own that occurs twice::
 
     row 0   A A A A q q q            packed    w w w | A A A A | r r | q q q | B B B s s
     row 1   A A A A r r              segment   0       1         2     3       4
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -83,6 +84,11 @@ class Packing:
         totals = _sum_by(rows, sums[segments], len(self.lengths))  # (B, H)
         return (totals / self.lengths[:, None]).to(tokens.dtype)
 
+    def last(self, tokens: Tensor) -> Tensor:
+        """The last token of each row: packed (T, H) to (B, H)."""
+        behind = (self.row_tokens >= 0).flip(1).int().argmax(dim=1, keepdim=True)  # (B, 1) padding on the right
+        return tokens[self.row_tokens.gather(1, self.row_tokens.shape[1] - 1 - behind).squeeze(1)]
+
     def pad(self, tokens: Tensor) -> Tensor:
         """Packed (T, H) to padded (B, L, H), zero where there is no token."""
         real = self.row_tokens >= 0  # (B, L)
@@ -104,15 +110,15 @@ def pack(features: Mapping[str, Tensor], merge_size: int, image_pad: int) -> Pac
     4. Lay the segments out one behind the other, and map the padded batch onto them.
 
     Args:
-        features: ``input_ids`` and ``attention_mask`` (B, L), padded on one side, images first; for images
+        features: ``input_ids`` and ``attention_mask`` (B, L), padded on one side; for images
             ``image_grid_thw`` (I, 3), ``num_images_per_sample`` (B,) and ``image_keys`` (B, K), without which every
             image is taken for another. Images of one key and one size are taken for the same, unseen.
         merge_size: Patches a side that make one vision token.
         image_pad: Id of the token that stands for one.
 
     Raises:
-        ValueError: If a feature is missing, if a row has no token or its attention mask has a hole, or if an image does
-            not stand at the head of its row, where images belong.
+        ValueError: If a feature is missing, if a row has no token or its attention mask has a hole, or if the image
+            tokens of a row are not those of its images.
     """
     required = ("attention_mask", *(["num_images_per_sample"] if "image_grid_thw" in features else []))
     if missing := [name for name in required if name not in features]:
@@ -220,16 +226,17 @@ def _keys(features: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def _columns(ids: np.ndarray, images: _Images, image_pad: int) -> np.ndarray:
-    """(I,) the column of each image's first token: behind its start token and the images before it."""
-    first = images.sum_before(images.sizes + 2) + 1
-    last = first + images.sizes - 1
-    if (last >= ids.shape[1]).any() or (ids == image_pad).sum() != images.sizes.sum():
-        raise ValueError(
-            f"The batch has {(ids == image_pad).sum()} image tokens; its images make {images.sizes.sum()}."
-        )
-    astray = (ids[images.rows, first] != image_pad) | (ids[images.rows, last] != image_pad)
-    if astray.any():
-        raise ValueError(f"Row {images.rows[astray][0]} has text before an image; images belong at the head of a row.")
+    """(I,) the column of each image's first token: its tokens stand in one stretch, after those of the image before."""
+    found = ids == image_pad  # (B, L)
+    made = np.bincount(images.rows, weights=images.sizes, minlength=len(ids)).astype(np.int64)  # (B,)
+    if (wrong := found.sum(axis=1) != made).any():
+        row = int(wrong.argmax())
+        raise ValueError(f"Row {row} has {found[row].sum()} image tokens; its images make {made[row]}.")
+    columns = found.nonzero()[1]
+    starts = np.cumsum(images.sizes) - images.sizes
+    first, last = columns[starts], columns[starts + images.sizes - 1]
+    if (torn := last - first + 1 != images.sizes).any():
+        raise ValueError(f"Row {images.rows[torn][0]} has text within an image; its tokens belong in one stretch.")
     return first
 
 
@@ -243,9 +250,9 @@ def _positions(shape: tuple[int, int], images: _Images, columns: np.ndarray) -> 
     columns count from there, and what follows stands behind the longer side.
     """
     saved = images.sizes - images.grids.max(axis=1, initial=0)  # an image has fewer positions than tokens
-    shift = np.zeros(shape, dtype=np.int64)
+    shift = np.zeros((shape[0], shape[1] + 1), dtype=np.int64)  # an image may be the last there is
     shift[images.rows, columns + images.sizes] = saved
-    positions = np.broadcast_to(np.arange(shape[1]) - shift.cumsum(axis=1), (3, *shape)).copy()
+    positions = np.broadcast_to(np.arange(shape[1]) - shift.cumsum(axis=1)[:, :-1], (3, *shape)).copy()
     image, offset = _spread(images.sizes)
     start, width = (columns - images.sum_before(saved))[image], images.grids[image, 1]
     positions[:, images.rows[image], columns[image] + offset] = (start, start + offset // width, start + offset % width)
@@ -272,6 +279,8 @@ def _spread(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 # --- 3. the forest ---
 
+_Key: TypeAlias = bytes | tuple[int, bytes, bytes]
+
 
 @dataclass
 class _Node:
@@ -281,14 +290,14 @@ class _Node:
         row: A row that has it.
         start: Its first column there.
         stop: One behind its last column.
-        children: What follows, by image or by the bytes of a text.
+        children: What follows, by image and the text around it, or by the bytes of a text.
         ends: The rows that end with it.
     """
 
     row: int
     start: int
     stop: int
-    children: dict[int | bytes, _Node] = field(default_factory=dict)
+    children: dict[_Key, _Node] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
 
     @property
@@ -297,21 +306,26 @@ class _Node:
 
 
 def _grow(ids: np.ndarray, lengths: np.ndarray, images: _Images, columns: np.ndarray) -> list[_Node]:
-    """The roots of the forest: a step for each image of a row, then one for its text; equal steps meet."""
+    """The roots of the forest: a step for each image of a row, then one for its text; equal steps meet.
+
+    An image's step has what stands between it and the step before, and the token behind it, which closes it.
+    """
     root = _Node(0, 0, 0)
-    last_image = columns + images.sizes + 1  # one behind the end token
+    ends = columns + images.sizes
     bounds = np.searchsorted(images.rows, np.arange(len(ids) + 1))
     for row, length in enumerate(lengths):
         node = root
         for image in range(bounds[row], bounds[row + 1]):
-            node = _step(node, int(images.unique[image]), row, int(last_image[image]))
+            stop = int(min(ends[image] + 1, length, *columns[image + 1 : bounds[row + 1]][:1]))
+            around = ids[row, node.stop : columns[image]].tobytes(), ids[row, ends[image] : stop].tobytes()
+            node = _step(node, (int(images.unique[image]), *around), row, stop)
         if node.stop < length:
             node = _step(node, ids[row, node.stop : length].tobytes(), row, int(length))
         node.ends.append(row)
     return [_join(child) for child in root.children.values()]
 
 
-def _step(node: _Node, key: int | bytes, row: int, stop: int) -> _Node:
+def _step(node: _Node, key: _Key, row: int, stop: int) -> _Node:
     return node.children.setdefault(key, _Node(row, node.stop, stop))
 
 

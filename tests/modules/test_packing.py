@@ -209,17 +209,43 @@ def test_a_row_of_nothing_but_a_shared_image() -> None:
     assert packing.mean(torch.arange(5.0)[:, None])[:, 0].tolist() == [1.5, 2.0]
 
 
-def test_text_before_an_image_is_an_error() -> None:
+def test_text_may_stand_around_images() -> None:
+    """As other models' templates set it: two rows share what they begin with, up to the token behind the image."""
+    image = [START, PAD, PAD]
+    rows = [[8, 9, *image, END, 10], [8, 9, *image, END, 11], [7, 9, *image, END, 10], [8, 9, *image, 4]]
+    ids = torch.tensor([row + [0] * (7 - len(row)) for row in rows])
+    features = batch([([A], [10])] * 4) | {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    packing = plan(features)
+    assert packing.segments.lengths == (6, 7, 6, 1, 1)
+    assert packing.segments.parents == (-1, -1, -1, 2, 2)
+    assert torch.equal(packing.pad(ids.flatten()[packing.source][:, None].float())[..., 0].long(), ids)
+    assert packing.last(ids.flatten()[packing.source][:, None])[:, 0].tolist() == [10, 11, 10, 4]
+
+
+def test_images_may_stand_side_by_side(positions_of: Any) -> None:
+    ids = torch.tensor([[START, PAD, PAD, PAD, PAD, END, PAD, PAD]])
+    grids = torch.tensor([[1, 2, 4]] * 3)
+    features = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grids}
+    features |= {"num_images_per_sample": torch.tensor([3]), "image_keys": torch.tensor([[5, 5, 6]])}
+    packing = plan(features)
+    assert packing.segments.lengths == (8,)
+    assert packing.vision_rows.tolist() == [0, 1, 0, 1, 2, 3]
+    features |= {"input_ids": ids[:, [0, 1, 2, 5, 6, 7]], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    features |= {"image_grid_thw": grids[:2], "num_images_per_sample": torch.tensor([2])}
+    assert torch.equal(plan(features).positions[:, 0], positions_of(features)[:, 0])
+
+
+def test_the_tokens_of_an_image_stand_in_one_stretch() -> None:
     features = batch([([A], [10])])
-    features["input_ids"] = features["input_ids"][:, [4, 0, 1, 2, 3]]
-    with pytest.raises(ValueError, match="Row 0 has text before an image"):
+    features["input_ids"] = features["input_ids"][:, [0, 1, 4, 2, 3]]
+    with pytest.raises(ValueError, match="Row 0 has text within an image; its tokens belong in one stretch"):
         plan(features)
 
 
 def test_image_tokens_must_be_as_many_as_the_images_make() -> None:
     features = batch([([A], [10])])
     features["image_grid_thw"] = torch.tensor([[1, 2, 2]])
-    with pytest.raises(ValueError, match="has 2 image tokens; its images make 1"):
+    with pytest.raises(ValueError, match="Row 0 has 2 image tokens; its images make 1"):
         plan(features)
 
 
