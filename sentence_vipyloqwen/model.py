@@ -9,26 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from sentence_transformers.util import batch_to_device, fullname, load_file_path, truncate_embeddings
 from torch import Tensor, nn
 from tqdm.autonotebook import tqdm
 
+from sentence_vipyloqwen.model_card import EXAMPLE, ViPyloQwenModelCardData
 from sentence_vipyloqwen.modules import DenseHead, MeanPooling, Qwen2VLTransformer
 from sentence_vipyloqwen.modules.batching import Load, batch_budget
 from sentence_vipyloqwen.modules.encoding import embed
-from sentence_vipyloqwen.modules.inputs import ParsedInput, parse_inputs
+from sentence_vipyloqwen.modules.inputs import ParsedInput
 from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MAX_SEQ_LENGTH, MIN_PIXELS
 from sentence_vipyloqwen.modules.sharding import inference
 from sentence_vipyloqwen.quantize import QuantizableMixin, check_request, quantize_int8
 from sentence_vipyloqwen.tasks import PROMPTS
 
 EMBEDDING_DIM = 1024
-CARD_TAGS = ("multimodal", "qwen2_vl", "vipyloqwen")
-CARD_EXAMPLE = {"source_sentence": "hóa đơn tiền điện", "sentences": ["electricity bill", "a red circle", "电费账单"]}
-"""The model card's example; one drawn from the training data would publish its texts and paths."""
-
 IMAGE_LENGTH = 1000
 """What an image counts for, in characters, where inputs are sorted by length to batch like with like."""
 
@@ -74,6 +71,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         model.encode({"image": "invoice.png", "text": "Số tiền?"}, prompt_name="ocr")  # (1024,)
     """
 
+    model_card_data_class = ViPyloQwenModelCardData
     default_huggingface_organization = None  # a mistyped folder is not looked for under another's name
 
     def __init__(
@@ -85,12 +83,10 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         if kwargs.get("trust_remote_code"):
             raise ValueError("ViPyloQwen never runs code from a model folder: trust_remote_code=True is not allowed.")
         path = str(model_name_or_path) if model_name_or_path is not None else None
-        if kwargs.get("model_card_data") is None:
-            kwargs["model_card_data"] = SentenceTransformerModelCardData(
-                tags=list(CARD_TAGS), generate_widget_examples=False
-            )
         super().__init__(path, **kwargs)
-        self.model_card_data.widget = self.model_card_data.widget or [dict(CARD_EXAMPLE)]
+        self.model_card_data.widget = self.model_card_data.widget or [dict(EXAMPLE)]
+        if path is not None and isinstance(self.model_card_data, ViPyloQwenModelCardData):
+            self.model_card_data.read_assets(Path(path))
         if quantize is not None:
             quantize_int8(self)
 
@@ -197,7 +193,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
                 "save_pretrained, load it with ViPyloQwen, then add the adapter."
             )
         adapter_config = copy(adapter_config)
-        if getattr(adapter_config, "trainable_token_indices", self) is None:
+        if self.task_token_ids and getattr(adapter_config, "trainable_token_indices", self) is None:
             adapter_config.trainable_token_indices = {"embed_tokens": list(self.task_token_ids.values())}
         super().add_adapter(adapter_config, adapter_name=adapter_name)
 
@@ -217,8 +213,11 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         if not safe_serialization:
             raise ValueError("Only safetensors are saved: safe_serialization=False is not allowed.")
         super().save(path, model_name, create_model_card, train_datasets, safe_serialization)
-        if path is not None:
-            _name_stock_classes(Path(path) / "modules.json")
+        if path is None:
+            return
+        _name_stock_classes(Path(path) / "modules.json")
+        if create_model_card and isinstance(self.model_card_data, ViPyloQwenModelCardData):
+            self.model_card_data.write_assets(Path(path))
 
     # Private seams, each held by a test that fails when Sentence Transformers moves it.
     #
@@ -236,7 +235,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         patch_budget: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        parsed = parse_inputs(inputs, prompt)
+        parsed = self[0].parse(inputs, prompt)
         target = self._resolve_inference_device(device)
         budget = batch_budget(target.type, batch_size, token_budget, patch_budget)
         if output_value == "sentence_embedding":
@@ -283,6 +282,11 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         if package.split(".")[0] == "sentence_transformers" and name in _OURS_BY_STOCK_NAME:
             return _OURS_BY_STOCK_NAME[name]
         return super()._load_module_class_from_ref(class_ref, *args, **kwargs)
+
+    # A card that is saved again as it is has the model's id in two snippets; the stock way replaces its own class's.
+    def _update_default_model_id(self, model_card: str) -> str:
+        new = self.model_card_data.model_id or self._model_card_model_id_placeholder
+        return model_card.replace(f'("{self._model_card_model_id_placeholder}")', f'("{new}")')
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(

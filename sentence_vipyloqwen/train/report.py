@@ -115,6 +115,15 @@ def write_training_report(output: str | Path) -> Path | None:
     return output / PAGE_FILE
 
 
+def draw_curves(output: str | Path) -> str:
+    """The loss and the held-out metrics of a run as one SVG picture; ``""`` where nothing has been logged yet."""
+    output = Path(output)
+    log = read_log(output / LOG_FILE)
+    charts = [loss_chart(log), metric_chart(log, _read_json(output / "metrics.json"))] if log else []
+    drawn = [chart for chart in charts if chart.lines]
+    return load_template("sentence_vipyloqwen.train", "curves.svg.jinja").render(charts=drawn) if drawn else ""
+
+
 # --- What is shown ---
 
 

@@ -1,0 +1,151 @@
+"""A stand-in of the Hugging Face Hub's API, as far as its client creates, uploads to and loads from a repository."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+COMMIT = "c" * 40
+
+
+class HubStandIn:
+    """Serves repositories, each a folder, until the context ends.
+
+    Attributes:
+        url: The endpoint.
+        tokens: The ``Authorization`` headers of everything that wrote.
+        validated: The contents of the cards whose metadata the client had checked.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.objects: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
+        self.validated: list[str] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> HubStandIn:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def folder(self, repo_id: str) -> Path:
+        """Where a repository's files are."""
+        return self.root / repo_id
+
+    def write(self, repo_id: str, path: str, content: bytes) -> None:
+        """Take a file into a repository."""
+        file = self.folder(repo_id) / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubStandIn
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_POST(self) -> None:
+        path, body = urlsplit(self.path).path, self._body()
+        self.hub.tokens.add(self.headers["Authorization"])
+        parts = path.strip("/").split("/")
+        if path == "/api/validate-yaml":
+            self.hub.validated.append(json.loads(body)["content"])
+            return self._send({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo_id = f"{wanted['organization']}/{wanted['name']}"
+            self.hub.folder(repo_id).mkdir(parents=True)
+            return self._send({"url": f"{self.hub.url}/{repo_id}"})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._send({"objects": [self._upload(of) for of in json.loads(body)["objects"]]})
+        if parts[:2] == ["api", "models"] and parts[4] == "preupload":
+            return self._send({"files": [self._mode(of["path"]) for of in json.loads(body)["files"]]})
+        if parts[:2] == ["api", "models"] and parts[4] == "commit":
+            return self._commit("/".join(parts[2:4]), body)
+        return self._send({"error": f"no such endpoint: {path}"}, 404)
+
+    def do_PUT(self) -> None:
+        content = self._body()
+        self.hub.objects[hashlib.sha256(content).hexdigest()] = content
+        self._send({})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            repo_id = "/".join(parts[2:4])
+            folder = self.hub.folder(repo_id)
+            if not folder.is_dir():
+                return self._send({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+            if len(parts) > 4 and parts[4] == "tree":
+                below = "/".join(parts[6:])
+                listed = [
+                    {"type": "file", "path": name, "size": 0, "oid": name} for name in files if name.startswith(below)
+                ]
+                return self._send(listed) if listed else self._send({"error": "Entry not found"}, 404, _NO_ENTRY)
+            return self._send({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+        file = self.hub.folder("/".join(parts[:2])) / "/".join(parts[4:])
+        if parts[2:3] != ["resolve"] or not file.is_file():
+            return self._send({"error": "Entry not found"}, 404, _NO_ENTRY)
+        content = file.read_bytes()
+        return self._send(content, 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', **_AT_COMMIT})
+
+    def _mode(self, path: str) -> dict[str, Any]:
+        """Weights go to the large file storage, as on the Hub."""
+        return {
+            "path": path,
+            "uploadMode": "lfs" if path.endswith(".safetensors") else "regular",
+            "shouldIgnore": False,
+        }
+
+    def _upload(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        return {**wanted, "actions": {"upload": {"href": f"{self.hub.url}/objects/{wanted['oid']}"}}}
+
+    def _commit(self, repo_id: str, body: bytes) -> None:
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.hub.write(repo_id, value["path"], base64.b64decode(value["content"]))
+            elif entry["key"] == "lfsFile":
+                self.hub.write(repo_id, value["path"], self.hub.objects[value["oid"]])
+        self._send({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def _send(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+_AT_COMMIT = {"X-Repo-Commit": COMMIT}
+_NO_ENTRY = {"X-Error-Code": "EntryNotFound", **_AT_COMMIT}
