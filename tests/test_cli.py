@@ -28,6 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         ["validate"],
         ["train"],
         ["evaluate"],
+        ["ablate"],
         ["index"],
         ["index", "build"],
         ["search"],

@@ -104,7 +104,7 @@ def train(
     given = {"base": base, "eval": eval and str(eval), "output": output and str(output)}
     given |= {"train": [str(path) for path in train] if train else None, "resume": resume}
     overrides = {key: value for key, value in given.items() if value is not None}
-    settings = load_recipe(recipe, {**_settings(set_ or []), **overrides})
+    settings = load_recipe(recipe, {**parse_settings(set_ or []), **overrides})
     try:
         result = run(settings, device=device)
     except (NonFiniteStep, OutOfMemory, ProcessLost, TrainingInterrupted) as error:
@@ -136,8 +136,15 @@ def evaluate(
         json.write_text(evaluation.to_json() + "\n", encoding="utf-8")
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """The settings of ``--set KEY=VALUE``, each value read as YAML."""
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """The settings of ``--set KEY=VALUE``, each value read as YAML.
+
+    >>> parse_settings(["epochs=3", "frozen=[visual]"])
+    {'epochs': 3, 'frozen': ['visual']}
+
+    Raises:
+        ValueError: If one has no ``=``, or its value is not YAML.
+    """
     import yaml
 
     settings = {}

@@ -1,0 +1,222 @@
+"""From raw runs to means, spreads, and what they say.
+
+A task's figure is its headline metric (Spearman, accuracy or nDCG@10), one that is undefined counting 0, as in the mean
+over the tasks. The spread of a figure over the seeds is its standard deviation (n - 1) and its range. A difference
+between two variants is taken seed by seed: a seed deals rows and draws the head alike for both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sentence_vipyloqwen.ablation.variants import VARIANTS, Variant
+
+RESULTS_FILE = "results.json"
+MEAN = "mean"
+FEWEST_SEEDS = 2
+RULE = (
+    "A difference counts only where it exceeds the spread of both sides: where the two means lie further apart than "
+    "the standard deviations of the two over the seeds, added up. With one seed there is no spread, and nothing counts."
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over several seeds.
+
+    Attributes:
+        by_seed: Seed -> value.
+    """
+
+    by_seed: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the seeds."""
+        return float(np.mean(list(self.by_seed.values())))
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation over the seeds (n - 1); ``None`` of a single one.
+
+        >>> Spread({0: 0.1, 1: 0.2, 2: 0.3}).deviation
+        0.1
+        """
+        values = list(self.by_seed.values())
+        return round(float(np.std(values, ddof=1)), 12) if len(values) >= FEWEST_SEEDS else None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return min(self.by_seed.values()), max(self.by_seed.values())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure of two variants, over the seeds that both have.
+
+    Attributes:
+        own: The variant's.
+        other: That of the variant it is compared with.
+        by_seed: The differences, own less other.
+    """
+
+    own: Spread
+    other: Spread
+    by_seed: Spread
+
+    @classmethod
+    def of(cls, own: Spread, other: Spread) -> Difference | None:
+        """The difference of two figures; ``None`` where they share no seed."""
+        seeds = [seed for seed in own.by_seed if seed in other.by_seed]
+        if not seeds:
+            return None
+        shared = [{seed: side.by_seed[seed] for seed in seeds} for side in (own, other)]
+        return cls(*map(Spread, shared), Spread({seed: shared[0][seed] - shared[1][seed] for seed in seeds}))
+
+    @property
+    def threshold(self) -> float | None:
+        """The spread of both sides; ``None`` of a single seed."""
+        own, other = self.own.deviation, self.other.deviation
+        return None if own is None or other is None else own + other
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts, by `RULE`."""
+        return self.threshold is not None and abs(self.by_seed.mean) > self.threshold + 1e-9  # not by rounding alone
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What the runs of one variant came to.
+
+    Attributes:
+        variant: The variant.
+        figures: ``"mean"`` and each task -> its figure over the seeds; empty where every run failed.
+        differences: The same -> the difference to the variant it is compared with, as far as there is one.
+        failed: Seeds whose run failed.
+        seconds: Of all its runs.
+    """
+
+    variant: Variant
+    figures: Mapping[str, Spread]
+    differences: Mapping[str, Difference]
+    failed: Sequence[int]
+    seconds: float
+
+    def answer(self) -> str:
+        """What its runs say to its question, in a sentence or two."""
+        if not self.figures:
+            return "Every run failed."
+        mean = self.figures[MEAN]
+        if self.variant.against is None:
+            return f"A mean of {_plus_minus(mean)}, from which the others are counted."
+        if MEAN not in self.differences:
+            return f"A mean of {_plus_minus(mean)}; {self.variant.against} has no run to compare it with yet."
+        if self.differences[MEAN].threshold is None:
+            return f"The mean {_moves(self.differences[MEAN])}; one seed shows no spread, so this does not count."
+        counted = {name: _moves(found) for name, found in self.differences.items() if found.counts}
+        if not counted:
+            return "No difference beyond the spread, in the mean or in any task."
+        of_mean = (
+            f"The mean {counted.pop(MEAN)}." if MEAN in counted else "No difference beyond the spread in the mean."
+        )
+        of_tasks = "; ".join(f"{task} {moves}" for task, moves in counted.items()) or "none differs beyond the spread"
+        return f"{of_mean} By task: {of_tasks}."
+
+
+def load_results(output: Path) -> list[dict[str, Any]]:
+    """The raw runs of an ablation.
+
+    Raises:
+        ValueError: If the folder has none.
+    """
+    path = output / RESULTS_FILE
+    if not path.exists():
+        raise ValueError(f"{output} holds no {RESULTS_FILE}: nothing has been run there.")
+    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return runs
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
+    """Mean, spread and differences of every variant that has a run, in the order of the table."""
+    present = [name for name in VARIANTS if any(run["variant"] == name for run in runs)]
+    of_variant = {name: [run for run in runs if run["variant"] == name] for name in present}
+    figures = {name: _spreads(of) for name, of in of_variant.items()}
+    return [
+        VariantResult(
+            variant=VARIANTS[name],
+            figures=figures[name],
+            differences=_differences(figures[name], figures.get(VARIANTS[name].against or "", {})),
+            failed=[run["seed"] for run in of if run["after"] is None],
+            seconds=sum(run["seconds"] for run in of),
+        )
+        for name, of in of_variant.items()
+    ]
+
+
+def figures_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The mean and each task's headline metric.
+
+    >>> figures_of({"mean": 0.5, "tasks": {"ocr": {"headline": "ndcg@10", "metrics": {"ndcg@10": 0.5}}}})
+    {'mean': 0.5, 'ocr': 0.5}
+    """
+    tasks = {name: task["metrics"][task["headline"]] or 0.0 for name, task in evaluation["tasks"].items()}
+    return {MEAN: evaluation["mean"], **tasks}
+
+
+def headlines(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Task -> its headline metric."""
+    found: dict[str, str] = {}
+    for run in runs:
+        for name, task in (run["after"] or {"tasks": {}})["tasks"].items():
+            found[name] = task["headline"]
+    return found
+
+
+@lru_cache
+def chance(seeds: int, draws: int = 200_000) -> float:
+    """How often two equal variants would differ by `RULE` all the same, if seeds scatter them normally.
+
+    >>> round(chance(3), 2), round(chance(10), 3)
+    (0.08, 0.0)
+    """
+    sides = np.random.default_rng(0).normal(size=(2, draws, seeds))
+    apart = np.abs(sides[0].mean(axis=1) - sides[1].mean(axis=1))
+    return float((apart > sides.std(axis=2, ddof=1).sum(axis=0)).mean())
+
+
+def _spreads(runs: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+    by_name: dict[str, dict[int, float]] = {}
+    for run in runs:
+        for name, value in figures_of(run["after"]).items() if run["after"] else ():
+            by_name.setdefault(name, {})[run["seed"]] = value
+    return {name: Spread(by_seed) for name, by_seed in by_name.items()}
+
+
+def _differences(own: Mapping[str, Spread], other: Mapping[str, Spread]) -> dict[str, Difference]:
+    found = {name: Difference.of(own[name], other[name]) for name in own if name in other}
+    return {name: difference for name, difference in found.items() if difference}
+
+
+def _plus_minus(figure: Spread) -> str:
+    return f"{figure.mean:.3f}" if figure.deviation is None else f"{figure.mean:.3f} ± {figure.deviation:.3f}"
+
+
+def _moves(difference: Difference) -> str:
+    """How far and from where to where.
+
+    >>> _moves(Difference.of(Spread({0: 0.5}), Spread({0: 0.75})))
+    'is worse by 0.250 (0.750 to 0.500)'
+    """
+    change = difference.by_seed.mean
+    verb = "is better" if change > 0 else "is worse"
+    where = f"{_plus_minus(difference.other)} to {_plus_minus(difference.own)}"
+    return f"{verb} by {abs(change):.3f} ({where})"

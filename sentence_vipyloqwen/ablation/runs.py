@@ -1,0 +1,293 @@
+"""Planning the runs of an ablation, and doing them one after the other.
+
+1. Each variant and seed is a run, with a folder of its own: ``runs/<variant>/seed-<seed>``. A variant that changes the
+   evaluation alone has no training: it takes the model that another run has left.
+2. All variants have the same budget: the same rows. Where one changes the batch, ``max_steps`` changes with it.
+3. Runs are done seed by seed, so that every variant has been tried once before any is tried twice. A run that is done
+   has a ``run.json`` and is not done again; one that was cut short goes on from its last checkpoint.
+4. After each run, ``results.json`` and the report are written anew, of all runs in the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sentence_vipyloqwen.ablation.report import write_report
+from sentence_vipyloqwen.ablation.results import RESULTS_FILE
+from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS, Variant, with_needed
+from sentence_vipyloqwen.files import measure, replacing
+from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.train.batches import NonFiniteStep
+from sentence_vipyloqwen.train.build import CHECKPOINTS, model_options
+from sentence_vipyloqwen.train.evaluation import evaluate
+from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
+from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
+
+RUNS_FOLDER, RUN_FILE = "runs", "run.json"
+SEEDS = 3
+_PACKAGES = ("sentence-vipyloqwen", "sentence-transformers", "transformers", "torch")
+_PLACES = ("base", "train", "eval", "output", "vision_cache")
+"""Settings that name files: results say what was in these, not where they lay."""
+
+_NO_MATTER = ("resume", "workers", "logging_steps", "keep_checkpoints", "save_steps", "report_to", "ddp_timeout")
+"""Settings that change nothing in the figures."""
+
+Settings = Mapping[str, Any]
+Tell = Callable[[str], None]
+
+
+class _NoModel(Exception):
+    """The run that was to leave the model has failed."""
+
+
+_FAILURES: Mapping[type[Exception], str] = {
+    NonFiniteStep: "the loss or the gradients of a step were not finite",
+    _NoModel: "the run whose model it takes has failed",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed.
+
+    Attributes:
+        variant: What is changed.
+        recipe: What it trains by; of a variant without a training, what its model was trained by.
+        folder: What the run leaves behind.
+    """
+
+    variant: Variant
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Variant and seed."""
+        return f"{self.variant.name}, seed {self.recipe.seed}"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that its figures depend on, but for the data."""
+        settings = yaml.safe_load(self.recipe.to_yaml())
+        kept = {name: value for name, value in settings.items() if name not in (*_PLACES, *_NO_MATTER)}
+        if self.variant.model_of:
+            kept["evaluation"] = {"hidden_prefixes": list(self.variant.hidden_prefixes), "cut": self.variant.cut}
+        return kept
+
+
+def plan(
+    recipe: Recipe,
+    names: Iterable[str] = (),
+    *,
+    seeds: int = SEEDS,
+    own: Mapping[str, Settings] | None = None,
+) -> list[Run]:
+    """The runs of an ablation, in the order in which they are done.
+
+    Args:
+        recipe: The reference; its ``seed`` is the first one, its ``output`` the folder of the whole ablation.
+        names: Variants; all by default. The reference and what they are compared with come by themselves.
+        seeds: How many.
+        own: Variant -> settings that replace its own, such as a batch size that the machine can hold.
+
+    Raises:
+        ValueError: If a variant or a setting is unknown or out of range, a variant does not differ from what it is
+            compared with, or there is nothing to evaluate on.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; allowed is at least 1.")
+    if not recipe.eval:
+        raise ValueError("An ablation needs held-out records: setting eval is None; allowed is a JSONL file.")
+    variants = with_needed(names or VARIANTS)
+    own = own or {}
+    trained = {variant.name: variant for variant in variants if not variant.model_of}
+    if unknown := sorted(set(own) - set(trained) | {FULL} & set(own)):
+        allowed = [name for name in trained if name != FULL]
+        raise ValueError(f"Settings are given for the variants {unknown}; among those that train are {allowed}.")
+    recipes = {name: _recipe_of(variant, recipe, own.get(name, {})) for name, variant in trained.items()}
+    for name, variant in trained.items():
+        if variant.against and recipes[name] == recipes[variant.against]:
+            raise ValueError(
+                f"Variant {name} ({variant.change}) is the same as {variant.against} under this recipe: leave it out, "
+                "or change the recipe."
+            )
+    return [_run(variant, recipes, seed) for seed in range(recipe.seed, recipe.seed + seeds) for variant in variants]
+
+
+def _recipe_of(variant: Variant, recipe: Recipe, own: Settings) -> Recipe:
+    settings = {**variant.settings(recipe), **own}
+    changed = _replaced(recipe, settings)
+    if recipe.max_steps and "max_steps" not in own:
+        rows = recipe.max_steps * recipe.batch_size * recipe.accumulation
+        changed = _replaced(changed, {"max_steps": max(1, round(rows / (changed.batch_size * changed.accumulation)))})
+    return changed
+
+
+def _replaced(recipe: Recipe, settings: Settings) -> Recipe:
+    return load_recipe(overrides={**dataclasses.asdict(recipe), **settings})
+
+
+def _run(variant: Variant, recipes: Mapping[str, Recipe], seed: int) -> Run:
+    recipe = recipes[variant.model_of or variant.name]
+    runs = Path(recipe.output) / RUNS_FOLDER
+    output = _folder(runs, variant.model_of or variant.name, seed)
+    return Run(variant, _replaced(recipe, {"seed": seed, "output": str(output)}), _folder(runs, variant.name, seed))
+
+
+def _folder(runs: Path, name: str, seed: int) -> Path:
+    return runs / name / f"seed-{seed}"
+
+
+def ablate(
+    recipe: Recipe,
+    names: Iterable[str] = (),
+    *,
+    seeds: int = SEEDS,
+    own: Mapping[str, Settings] | None = None,
+    device: str | None = None,
+    tell: Tell = lambda line: None,
+) -> Path:
+    """Do all runs that are not done yet, and report on every run in the folder; see `plan` for the arguments.
+
+    Args:
+        recipe: The reference.
+        names: Variants; all by default.
+        seeds: How many.
+        own: Variant -> settings that replace its own.
+        device: ``"cpu"`` to stay off an accelerator; the best device at hand by default.
+        tell: Called with a line before each run.
+
+    Returns:
+        The raw results, ``results.json``; the report lies beside it.
+
+    Raises:
+        ValueError: If `plan` refuses, the folder holds runs of other settings or data, or there are several processes.
+        TrainingInterrupted: If a signal ended the run under way; the same call goes on from there.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"An ablation runs in one process; got {processes}. Run it without accelerate or torchrun.")
+    runs = plan(recipe, names, seeds=seeds, own=own)
+    output, data = Path(recipe.output), _data(recipe)
+    for number, run in enumerate(runs, 1):
+        done = _read_done(run, data)
+        tell(f"{number}/{len(runs)}  {run.name}: {'done before' if done else run.variant.change}")
+        if not done:
+            _write(run.folder / RUN_FILE, _do(run, data, device))
+            shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+            write_results(output)
+            write_report(output)
+    write_results(output)
+    write_report(output)
+    return output / RESULTS_FILE
+
+
+def _do(run: Run, data: Settings, device: str | None) -> dict[str, Any]:
+    """Train or evaluate, and say what came out; of a run that was cut short, the seconds are those of its last part."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    begun, failure = time.perf_counter(), None
+    try:
+        measured = _evaluate(run, device) if run.variant.model_of else _train(run.recipe, device)
+    except (NonFiniteStep, _NoModel) as error:
+        measured, failure = {"before": None, "after": None}, _FAILURES[type(error)]
+    gc.collect()  # a trainer and its callbacks hold each other: their models would pile up
+    return {
+        "variant": run.variant.name,
+        "seed": run.recipe.seed,
+        "settings": run.settings(),
+        "data": data,
+        **measured,
+        "failure": failure,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "machine": machine(),
+    }
+
+
+def _train(recipe: Recipe, device: str | None) -> dict[str, Any]:
+    train(recipe, device=device)
+    measured = json.loads((Path(recipe.output) / METRICS_FILE).read_text(encoding="utf-8"))
+    return {name: measured.get(name) for name in ("before", "after")}
+
+
+def _evaluate(run: Run, device: str | None) -> dict[str, Any]:
+    """The model of another run, used in another way. It has no figures from before a training."""
+    path, recipe = Path(run.recipe.output) / MODEL, run.recipe
+    if not path.exists():
+        raise _NoModel
+    model = ViPyloQwen(path, device=device, model_kwargs=model_options(recipe))
+    model.truncate_dim = model.get_embedding_dimension() // run.variant.cut
+    hidden = (*recipe.hidden_prefixes, *run.variant.hidden_prefixes)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):  # as in training
+        measured = evaluate(model, str(recipe.eval), hidden_prefixes=hidden, show_progress_bar=False)
+    return {"before": None, "after": measured.to_dict()}
+
+
+def machine() -> dict[str, Any]:
+    """What a run is done on, without names or places."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(),
+        "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+    }
+
+
+# --- What is kept ---
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """Hashes of the records and of the base; a base of the Hub by its name."""
+    base = Path(recipe.base)
+    weights = [_digest(path) for path in sorted(base.glob("*.safetensors"))] if base.is_dir() else recipe.base
+    return {"train": [_digest(path) for path in recipe.train], "eval": _digest(str(recipe.eval)), "base": weights}
+
+
+def _digest(path: str | Path) -> str:
+    digest: str = measure(Path(path))["xxh3_128"]
+    return digest
+
+
+def _read_done(run: Run, data: Settings) -> bool:
+    """Whether the run is done; one of other settings or data is not mixed up with it."""
+    path = run.folder / RUN_FILE
+    if not path.exists():
+        return False
+    done = json.loads(path.read_text(encoding="utf-8"))
+    now = {**run.settings(), "data": data}
+    then = {**done["settings"], "data": done["data"]}
+    if changed := sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)):
+        changes = ", ".join(f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in changed)
+        raise ValueError(f"{run.folder} holds a run of other settings ({changes}): choose another output folder.")
+    return True
+
+
+def write_results(output: Path) -> None:
+    """Gather every run in the folder, failed ones too, in the order of the table."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob(f"{RUNS_FOLDER}/*/*/{RUN_FILE}")]
+    order = list(VARIANTS)
+    found.sort(key=lambda run: (order.index(run["variant"]), run["seed"]))
+    _write(output / RESULTS_FILE, {"runs": found})
+
+
+def _write(path: Path, content: Settings) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")

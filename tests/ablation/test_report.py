@@ -1,0 +1,105 @@
+"""What a reader sees: every run, the rule, and plots that are the same for the same results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sentence_vipyloqwen.ablation.report import by_chance, write_report
+from sentence_vipyloqwen.ablation.results import RULE, chance, summarise
+
+RunOf = Callable[..., dict[str, Any]]
+FILES = ["ablation.html", "differences.png", "differences.svg", "values.png", "values.svg"]
+
+
+class Tags(HTMLParser):
+    """Every tag opened is closed, in order; cells of each row of the last table."""
+
+    void = {"meta", "br", "img"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.void:
+            self.open.append(tag)
+        if tag == "table":
+            self.rows = []
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def runs(run_of: RunOf) -> list[dict[str, Any]]:
+    return [
+        *(run_of("full", seed, 0.5, ocr=0.6, instr=0.4) for seed in (0, 1, 2)),
+        *(run_of("one_mix", seed, 0.4 + seed / 100, ocr=0.5, instr=0.4) for seed in (0, 1, 2)),
+        *(run_of("cut", seed, 0.3, ocr=0.3, instr=0.3) for seed in (0, 1)),
+        run_of("no_prefix", 0, None),
+    ]
+
+
+def write(folder: Path, runs: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"runs": runs}), encoding="utf-8")
+    return write_report(folder)
+
+
+def test_the_page_names_every_run(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    page = write(tmp_path, runs).read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    listed = [(row[0], int(row[1])) for row in tags.rows[1:]]
+    assert listed == [(run["variant"], run["seed"]) for run in runs]
+    assert tags.rows[4] == ["one_mix", "0", "7", "8", "36", "", "0.400", "0.500", "0.400"]
+    assert tags.rows[-1] == ["no_prefix", "0", "7", "8", "36", "", "not finite"]
+    assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", page)  # nothing from elsewhere
+    for words in (
+        RULE,
+        "The mean is worse by 0.090 (0.500 ± 0.000 to 0.410 ± 0.010).",
+        "By task: ocr is worse by 0.100",
+        "-0.090 ± 0.010",
+        "0.400 to 0.420",
+        "Is it worth choosing terms by task",
+        "Failed with seed 0.",
+        "ocr by ndcg@10",
+        "torch 2.0",
+    ):
+        assert words in page, words
+
+
+def test_how_many_differences_chance_would_make(runs: list[dict[str, Any]]) -> None:
+    assert by_chance(summarise(runs)) == (6, pytest.approx(3 * chance(3) + 3 * chance(2)))
+    assert chance(2) > chance(3) > chance(5)
+
+
+def test_equal_results_give_equal_files(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, runs)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_the_reference_alone_is_a_page_too(run_of: RunOf, tmp_path: Path) -> None:
+    page = write(tmp_path, [run_of("full", 0, 0.5, ocr=0.5)]).read_text(encoding="utf-8")
+    assert "A mean of 0.500, from which the others are counted." in page
+    assert "by chance" not in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "results.json"])

@@ -1,0 +1,99 @@
+"""Means, spreads and the rule, on numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sentence_vipyloqwen.ablation.results import MEAN, Difference, Spread, load_results, summarise
+
+RunOf = Callable[..., dict[str, Any]]
+
+
+def test_the_spread_of_a_figure() -> None:
+    figure = Spread({1: 0.2, 2: 0.3, 3: 0.7})
+    assert figure.mean == pytest.approx(0.4)
+    assert figure.deviation == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+    assert figure.range == (0.2, 0.7)
+    assert Spread({1: 0.2}).deviation is None
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "counts"),
+    [
+        ([0.50, 0.60], [0.30, 0.40], True),  # 0.2 apart, 2 x 0.0707 of spread
+        ([0.50, 0.60], [0.40, 0.50], False),  # 0.1 apart
+        ([0.30, 0.40], [0.50, 0.60], True),
+        ([0.5, 0.5], [0.5, 0.5], False),
+        ([0.6, 0.6], [0.5, 0.5], True),
+        ([0.9], [0.1], False),  # one seed
+    ],
+)
+def test_a_difference_counts_beyond_the_spread_of_both_sides(
+    own: list[float], other: list[float], counts: bool
+) -> None:
+    found = Difference.of(*(Spread(dict(enumerate(values))) for values in (own, other)))
+    assert found is not None
+    assert found.counts is counts
+    assert found.by_seed.mean == pytest.approx(sum(own) / len(own) - sum(other) / len(other))
+
+
+def test_a_difference_is_taken_over_the_seeds_that_both_have() -> None:
+    found = Difference.of(Spread({1: 0.5, 2: 0.9, 3: 0.7}), Spread({1: 0.4, 3: 0.5, 4: 0.0}))
+    assert found is not None
+    assert found.by_seed.by_seed == pytest.approx({1: 0.1, 3: 0.2})
+    assert (found.own.mean, found.other.mean) == pytest.approx((0.6, 0.45))
+    assert found.threshold == pytest.approx((0.2 + 0.1) / math.sqrt(2))
+    assert Difference.of(Spread({1: 0.5}), Spread({2: 0.5})) is None
+
+
+def test_every_variant_is_compared_with_its_own_counterpart(run_of: RunOf) -> None:
+    runs = [
+        *(run_of("full", seed, 0.5 + seed / 100, ocr=0.6, instr=None) for seed in (0, 1, 2)),
+        *(run_of("mixed_batches", seed, 0.52, ocr=0.5, instr=0.5) for seed in (0, 1, 2)),
+        *(run_of("all_negatives", seed, 0.2, ocr=0.5 + seed / 10, instr=0.5) for seed in (0, 1)),
+        run_of("all_negatives", 2, None),
+        run_of("one_mix", 0, None),
+    ]
+    full, one_mix, mixed, negatives = summarise(runs)
+    assert [result.variant.name for result in (full, one_mix, mixed, negatives)] == [
+        "full",
+        "one_mix",
+        "mixed_batches",
+        "all_negatives",
+    ]
+    assert full.figures[MEAN].mean == pytest.approx(0.51)
+    assert full.figures["instr"].mean == 0  # undefined
+    assert not full.differences
+    assert full.answer() == "A mean of 0.510 ± 0.010, from which the others are counted."
+    assert (one_mix.failed, one_mix.figures, one_mix.answer()) == ([0], {}, "Every run failed.")
+    assert mixed.answer() == (
+        "No difference beyond the spread in the mean. By task: ocr is worse by 0.100 (0.600 ± 0.000 to 0.500 ± 0.000); "
+        "instr is better by 0.500 (0.000 ± 0.000 to 0.500 ± 0.000)."
+    )
+    assert negatives.differences[MEAN].by_seed.mean == pytest.approx(-0.32)  # against mixed_batches, of two seeds
+    assert negatives.answer() == (
+        "The mean is worse by 0.320 (0.520 ± 0.000 to 0.200 ± 0.000). By task: none differs beyond the spread."
+    )
+    assert (negatives.failed, negatives.seconds) == ([2], 108.0)
+
+
+def test_one_seed_and_equal_runs_are_said_plainly(run_of: RunOf) -> None:
+    full, only = summarise([run_of("full", 0, 0.5), run_of("one_mix", 0, 0.7)])
+    assert (
+        only.answer()
+        == "The mean is better by 0.200 (0.500 to 0.700); one seed shows no spread, so this does not count."
+    )
+    full, equal = summarise([run_of(name, seed, 0.5) for name in ("full", "one_mix") for seed in (0, 1)])
+    assert equal.answer() == "No difference beyond the spread, in the mean or in any task."
+    (alone,) = summarise([run_of("one_mix", 0, 0.7)])
+    assert alone.answer() == "A mean of 0.700; full has no run to compare it with yet."
+
+
+def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no results.json: nothing has been run there"):
+        load_results(tmp_path)

@@ -1,0 +1,211 @@
+"""Planning, doing and going on with an ablation; what is written of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sentence_vipyloqwen import ViPyloQwen
+from sentence_vipyloqwen.ablation import runs as module
+from sentence_vipyloqwen.ablation.runs import Run, ablate, plan
+from sentence_vipyloqwen.ablation.variants import VARIANTS
+from sentence_vipyloqwen.train.batches import NonFiniteStep
+from sentence_vipyloqwen.train.evaluation import evaluate
+from sentence_vipyloqwen.train.recipe import Recipe
+from sentence_vipyloqwen.train.run import train
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def results_of(output: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((output / "results.json").read_text(encoding="utf-8"))["runs"]
+    return found
+
+
+def names_of(runs: list[Run]) -> list[tuple[str, int]]:
+    return [(run.variant.name, run.recipe.seed) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def everything(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Every variant of the table with one seed: its folder, and the runs that were trained."""
+    output, trained = tmp_path_factory.mktemp("everything"), []
+
+    def counted(recipe: Recipe, device: str | None) -> Any:
+        trained.append(Path(recipe.output).parent.name)
+        return train(recipe, device=device)
+
+    own = {"in_batch": {"batch_size": 2, "accumulation": 2}, "grad_cache": {"batch_size": 4, "loss_mini_batch_size": 2}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", counted)
+        patch.setattr(module, "write_report", lambda output: None)  # as slow as a run of two steps; see test_report
+        ablate(make_recipe(output, save_steps=1), seeds=1, own=own, device="cpu")
+    return output, trained
+
+
+def test_every_variant_leaves_its_figures(everything: tuple[Path, list[str]]) -> None:
+    found = results_of(everything[0])
+    assert [run["variant"] for run in found] == list(VARIANTS)
+    for run in found:
+        assert run["failure"] is None
+        assert set(run["after"]["tasks"]) == {"ocr", "vqa_single", "vqa_multi", "text_pair", "instr", "general"}
+        assert bool(run["before"]) is not bool(VARIANTS[run["variant"]].model_of)
+        assert set(run["versions"]) >= {"torch", "transformers", "sentence-transformers", "sentence-vipyloqwen"}
+        assert run["machine"]["cores"] >= 1
+
+
+def test_evaluations_alone_do_not_train(everything: tuple[Path, list[str]]) -> None:
+    output, trained = everything
+    assert trained == [name for name, variant in VARIANTS.items() if not variant.model_of]
+    assert {path.name for path in (output / "runs" / "cut" / "seed-5").iterdir()} == {"run.json"}
+
+
+def test_evaluations_use_the_models_of_others_in_their_own_way(
+    everything: tuple[Path, list[str]], make_recipe: MakeRecipe
+) -> None:
+    output = everything[0]
+    found = {run["variant"]: run["after"] for run in results_of(output)}
+    records = str(make_recipe(output).eval)
+    full = ViPyloQwen(output / "runs" / "full" / "seed-5" / "model", device="cpu")
+    assert found["full"] == evaluate(full, records).to_dict()
+    assert found["cut"] == evaluate(full, records, dims=[2]).dims[2].to_dict()
+    forgotten = evaluate(full, records, hidden_prefixes=list(VARIANTS["prefix_forgotten"].hidden_prefixes))
+    assert found["prefix_forgotten"] == forgotten.to_dict()
+    nested = ViPyloQwen(output / "runs" / "matryoshka" / "seed-5" / "model", device="cpu")
+    assert found["matryoshka_cut"] == evaluate(nested, records, dims=[2]).dims[2].to_dict()
+
+
+def test_a_model_trained_without_prefixes_is_measured_without(
+    everything: tuple[Path, list[str]], make_recipe: MakeRecipe
+) -> None:
+    output = everything[0]
+    found = {run["variant"]: run["after"] for run in results_of(output)}
+    model = ViPyloQwen(output / "runs" / "no_prefix" / "seed-5" / "model", device="cpu")
+    hidden = VARIANTS["prefix_forgotten"].hidden_prefixes
+    assert found["no_prefix"] == evaluate(model, str(make_recipe(output).eval), hidden_prefixes=hidden).to_dict()
+    tokens = model[0].model.get_input_embeddings().weight.detach()[list(model.task_token_ids.values())]
+    np.testing.assert_allclose(tokens, tokens[:1].expand_as(tokens))  # never seen, all alike as they began
+
+
+def test_results_name_no_place(everything: tuple[Path, list[str]], base: Path) -> None:
+    text = (everything[0] / "results.json").read_text(encoding="utf-8")
+    for place in (base, everything[0], Path.cwd(), Path.home()):
+        assert str(place) not in text
+
+
+def test_checkpoints_of_a_run_that_is_done_are_gone(everything: tuple[Path, list[str]]) -> None:
+    folder = everything[0] / "runs" / "full" / "seed-5"
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "model" / "modules.json").exists()
+
+
+def test_every_variant_has_the_same_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, max_steps=1700, batch_size=64)
+    recipes = {run.variant.name: run.recipe for run in plan(recipe, seeds=1)}
+    rows = {name: made.max_steps * made.batch_size * made.accumulation for name, made in recipes.items()}
+    assert rows["full"] == 1700 * 64
+    assert all(abs(of / rows["full"] - 1) < 0.01 for of in rows.values())
+    assert recipes["in_batch"].max_steps == recipes["grad_cache"].max_steps == 142
+    own = {"grad_cache": {"batch_size": 256, "max_steps": 9}, "in_batch": {"accumulation": 4}}
+    recipes = {run.variant.name: run.recipe for run in plan(recipe, seeds=1, own=own)}
+    assert (recipes["grad_cache"].batch_size, recipes["grad_cache"].max_steps) == (256, 9)
+    assert (recipes["in_batch"].batch_size, recipes["in_batch"].max_steps) == (24, 1133)
+
+
+def test_every_variant_is_tried_before_any_is_tried_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    runs = plan(make_recipe(tmp_path), ["prefix_forgotten", "one_mix"], seeds=2)
+    assert names_of(runs) == [(name, seed) for seed in (5, 6) for name in ("full", "one_mix", "prefix_forgotten")]
+    assert len({run.folder for run in runs}) == len(runs)
+    assert runs[2].recipe == runs[0].recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({}, {"seeds": 0}, "seeds is 0; allowed is at least 1"),
+        ({"eval": None}, {}, "setting eval is None; allowed is a JSONL file"),
+        ({"pair_weight": "uniform"}, {}, "Variant published_pair_weight .* is the same as full under this recipe"),
+        (
+            {},
+            {"own": {"cut": {"seed": 1}}},
+            r"for the variants \['cut'\]; among those that train are \['info_nce_only'",
+        ),
+        ({}, {"own": {"full": {"epochs": 1}}}, r"for the variants \['full'\]"),
+        ({}, {"own": {"one_mix": {"epoch": 1}}}, r"Unknown settings \['epoch'\]"),
+    ],
+)
+def test_a_bad_plan_is_named(
+    make_recipe: MakeRecipe, tmp_path: Path, settings: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(make_recipe(tmp_path, **settings), **arguments)
+
+
+def test_a_kill_between_runs_or_within_one_loses_no_finished_run(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, save_steps=1)
+    trained: list[tuple[str, int]] = []
+
+    def killed_in_the_third(recipe: Recipe, device: str | None) -> Any:
+        trained.append((Path(recipe.output).parent.name, recipe.seed))
+        if len(trained) == 3:
+            train(replace(recipe, report_to=("none",)), device=device)
+            raise KeyboardInterrupt  # trained, not written down
+        return train(recipe, device=device)
+
+    monkeypatch.setattr(module, "train", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(recipe, ["one_mix"], seeds=2, device="cpu")
+    assert trained == [("full", 5), ("one_mix", 5), ("full", 6)]
+    first = results_of(tmp_path)
+    assert [(run["variant"], run["seed"]) for run in first] == [("full", 5), ("one_mix", 5)]
+    checkpoint = tmp_path / "runs" / "full" / "seed-6" / "checkpoints" / "checkpoint-2"
+    assert checkpoint.exists()
+
+    told: list[str] = []
+    ablate(recipe, ["one_mix"], seeds=2, device="cpu", tell=told.append)
+    assert trained[3:] == [("full", 6), ("one_mix", 6)]
+    assert [line.split(": ", 1)[1] for line in told] == ["done before"] * 2 + [
+        VARIANTS[name].change for name in ("full", "one_mix")
+    ]
+    second = results_of(tmp_path)
+    assert [(run["variant"], run["seed"]) for run in second] == [(n, s) for n in ("full", "one_mix") for s in (5, 6)]
+    assert [run for run in second if run["seed"] == 5] == first
+    assert second[1]["before"]  # from before the kill
+
+    ablate(recipe, ["one_mix"], seeds=1, device="cpu")
+    assert results_of(tmp_path) == second  # fewer are asked for, none is dropped
+    with pytest.raises(ValueError, match=r"full.seed-5 holds a run of other settings \(learning_rate: 0.001 -> 0.01\)"):
+        ablate(replace(recipe, learning_rate=0.01), ["one_mix"], device="cpu")
+    assert len(trained) == 5
+
+
+def test_a_run_that_diverges_is_kept_as_one_that_failed(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(recipe: Recipe, device: str | None) -> Any:
+        raise NonFiniteStep("the loss of step 1 is NaN")
+
+    monkeypatch.setattr(module, "train", diverges)
+    ablate(make_recipe(tmp_path), ["cut"], seeds=1, device="cpu")
+    full, cut = results_of(tmp_path)
+    assert (full["after"], full["failure"]) == (None, "the loss or the gradients of a step were not finite")
+    assert (cut["after"], cut["failure"]) == (None, "the run whose model it takes has failed")
+    page = (tmp_path / "ablation.html").read_text(encoding="utf-8")
+    assert "Every run failed." in page
+    assert full["failure"] in page
+
+
+def test_several_processes_are_refused(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process; got 2"):
+        ablate(make_recipe(tmp_path))
