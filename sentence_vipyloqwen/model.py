@@ -55,8 +55,9 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
     than embeddings know ``batch_size`` alone.
 
     Args:
-        model_name_or_path: Folder or Hub id of a model that this class (or plain Sentence Transformers) saved. To
-            begin from a Qwen2-VL checkpoint, use :meth:`create`.
+        model_name_or_path: Folder or Hub id of a model that this class or plain Sentence Transformers saved, the
+            latter also where it was made without this package: its own chat template then renders the inputs, and
+            prefixes are plain text. To begin from a checkpoint, use :meth:`create`.
         quantize: ``"int8"`` for int8 linear layers on a CPU (extra ``int8``), for inference only: see
             :mod:`sentence_vipyloqwen.quantize` for when it pays. The folder is not changed.
         **kwargs: The keyword arguments of ``SentenceTransformer``, ``trust_remote_code`` excepted.
@@ -106,7 +107,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         model_kwargs: Mapping[str, Any] | None = None,
         hub_kwargs: Mapping[str, Any] | None = None,
     ) -> ViPyloQwen:
-        """Make a new model of a Qwen2-VL checkpoint.
+        """Make a new model of a checkpoint of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
 
         Adds the five task tokens (the embedding matrix grows only if it must; new rows start at the mean), the prompts
         and the chat template, mean pooling, and a fresh dense head.
@@ -116,7 +117,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
             embedding_dim: Dimensions of an embedding.
             max_seq_length: Most tokens of an input; only text is ever cut.
             min_pixels: Fewest pixels of an image after resizing.
-            max_pixels: Most pixels of an image after resizing; 28 x 28 of them make one token.
+            max_pixels: Most pixels of an image after resizing; 28 x 28 of them make one token, 32 x 32 in Qwen3-VL.
             dtype: Of the weights, e.g. ``"bfloat16"``; by default the checkpoint's own.
             attn_implementation: ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``; by default transformers chooses.
             seed: Seed of the dense head.
@@ -132,7 +133,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         if is_finished_model(str(base), hub_kwargs):
             raise ValueError(
                 f"{str(base)!r} is a finished model (it has modules.json): load it with ViPyloQwen({str(base)!r}). "
-                "create() starts from a Qwen2-VL checkpoint."
+                "create() starts from a checkpoint."
             )
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         transformer = Qwen2VLTransformer.from_base(

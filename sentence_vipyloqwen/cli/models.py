@@ -24,7 +24,7 @@ def demo(
 
 
 def create(
-    base: Annotated[str, typer.Argument(help="Qwen2-VL checkpoint: Hub id or local folder.")],
+    base: Annotated[str, typer.Argument(help="Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint: Hub id or local folder.")],
     output: Annotated[Path, typer.Argument(help="Folder for the new model.")],
     embedding_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an embedding.")] = 1024,
     max_seq_length: Annotated[int, typer.Option(min=1, help="Most tokens of an input; only text is cut.")] = 8192,
@@ -32,7 +32,7 @@ def create(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's own by default.")] = None,
     device: Device = None,
 ) -> None:
-    """Make a new, untrained embedding model of a Qwen2-VL checkpoint."""
+    """Make a new, untrained embedding model of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint."""
     from sentence_vipyloqwen import ViPyloQwen
 
     pixels = {} if max_pixels is None else {"max_pixels": max_pixels}

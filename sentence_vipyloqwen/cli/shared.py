@@ -53,19 +53,19 @@ def load_any(path: str, device: str | None) -> SentenceTransformer:
 
 
 def _is_stock(path: str) -> bool:
-    """Whether a folder or Hub id is a finished model that is not of Qwen2-VL."""
+    """Whether a folder or Hub id is a finished model of a type that the packed runtime does not know."""
     import json
 
     from sentence_transformers.util import load_file_path
 
-    from sentence_vipyloqwen.modules.checkpoint import MODEL_TYPE
+    from sentence_vipyloqwen.modules.backbones import BACKBONES
 
     modules, config = (load_file_path(path, name) for name in ("modules.json", "config.json"))
     if modules is None:
         return False  # nor is it ours: loading it tells
     if not json.loads(Path(modules).read_bytes())[0]["type"].endswith(".Transformer"):
         return True
-    return config is not None and json.loads(Path(config).read_bytes()).get("model_type") != MODEL_TYPE
+    return config is not None and json.loads(Path(config).read_bytes()).get("model_type") not in BACKBONES
 
 
 def device_of_rank() -> str | None:

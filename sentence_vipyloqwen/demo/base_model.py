@@ -1,4 +1,4 @@
-"""A tiny random Qwen2-VL, written as an ordinary local checkpoint: the base of the demo and of the tests."""
+"""A tiny random Qwen2-VL or successor, written as an ordinary local checkpoint: base of the demo and of the tests."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 QWEN_SPECIAL_TOKENS = (
@@ -49,8 +57,9 @@ def make_tiny_base(
     min_pixels: int = 56 * 56,
     max_pixels: int = 1280 * 28 * 28,
     seed: int = 0,
+    model_type: str = "qwen2_vl",
 ) -> Path:
-    """Write a tiny random Qwen2-VL checkpoint: weights, configuration, tokenizer and image processor.
+    """Write a tiny random checkpoint: weights, configuration, tokenizer and image processor.
 
     The tokenizer is a byte-level BPE with Qwen's split pattern, trained on ``texts``, with Qwen's special tokens.
     Weights are drawn with a standard deviation of 1/sqrt(fan_in): with transformers' default of 0.02 a model as narrow
@@ -70,17 +79,21 @@ def make_tiny_base(
         min_pixels: Fewest pixels of an image after resizing.
         max_pixels: Most pixels of an image after resizing.
         seed: Seed of the weights; the global random state is left alone.
+        model_type: One of :data:`~sentence_vipyloqwen.modules.backbones.BACKBONES`.
 
     Returns:
         The folder.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
-    config = _config(tokenizer, hidden_size, layers, vision_size, vision_layers)
+    config = _config(model_type, tokenizer, hidden_size, layers, vision_size, vision_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
         _draw_weights(model)
-    image_processor = Qwen2VLImageProcessorPil(min_pixels=min_pixels, max_pixels=max_pixels)
+    normalised = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if model_type == "qwen3_vl" else {}
+    image_processor = Qwen2VLImageProcessorPil(
+        min_pixels=min_pixels, max_pixels=max_pixels, patch_size=config.vision_config.patch_size, **normalised
+    )
     if images:
         _centre_vision(model.model.visual, **image_processor(images=list(images), return_tensors="pt"))
     for part in (model, tokenizer, image_processor):
@@ -106,12 +119,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def _config(
-    tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vision_size: int, vision_layers: int
-) -> Qwen2VLConfig:
+    model_type: str, tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vision_size: int, vision_layers: int
+) -> PreTrainedConfig:
     heads = hidden_size // HEAD_DIM
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     ids |= {name: tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
-    return Qwen2VLConfig(
+    rotation: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    width = {}
+    if model_type == "qwen3_vl":
+        rotation |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        width = {"head_dim": HEAD_DIM}
+    return AutoConfig.for_model(
+        model_type,
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": hidden_size,
@@ -120,17 +139,12 @@ def _config(
             "num_attention_heads": heads,
             "num_key_value_heads": max(1, heads // 2),
             "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "rope_parameters": rotation,
+            **width,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        vision_config={
-            "embed_dim": vision_size,
-            "hidden_size": hidden_size,
-            "depth": vision_layers,
-            "num_heads": vision_size // HEAD_DIM,
-            "mlp_ratio": 3,
-        },
+        vision_config=_vision_config(model_type, hidden_size, vision_size, vision_layers),
         vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"],
         image_token_id=ids["image"],
@@ -139,8 +153,18 @@ def _config(
     )
 
 
+def _vision_config(model_type: str, hidden_size: int, vision_size: int, layers: int) -> dict[str, Any]:
+    sizes = {"depth": layers, "num_heads": vision_size // HEAD_DIM}
+    if model_type == "qwen2_vl":
+        return {**sizes, "embed_dim": vision_size, "hidden_size": hidden_size, "mlp_ratio": 3}
+    sizes |= {"hidden_size": vision_size, "out_hidden_size": hidden_size, "intermediate_size": vision_size * 3}
+    if model_type == "qwen2_5_vl":  # windows of 2 x 2 merged tokens, but for the last layer
+        return {**sizes, "window_size": 56, "fullatt_block_indexes": [layers - 1]}
+    return {**sizes, "deepstack_visual_indexes": list(range(layers - 1)), "num_position_embeddings": 64}
+
+
 @torch.no_grad()
-def _draw_weights(model: Qwen2VLForConditionalGeneration) -> None:
+def _draw_weights(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             fan_in = module.weight[0].numel()
@@ -164,6 +188,6 @@ def _centre_vision(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw
     tokens = visual(pixel_values, grid_thw=image_grid_thw).pooler_output  # (merged patches, hidden)
     mean = tokens.mean(dim=0)
     scale = VISION_STD / (tokens - mean).std()
-    last = visual.merger.mlp[-1]
+    last = [part for part in visual.merger.modules() if isinstance(part, nn.Linear)][-1]
     last.weight.mul_(scale)
     last.bias.copy_((last.bias - mean) * scale)

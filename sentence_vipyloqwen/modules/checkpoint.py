@@ -1,4 +1,4 @@
-"""A Qwen2-VL checkpoint's parts, from a folder or the Hub: safetensors only, and never the folder's own code."""
+"""A checkpoint's parts, from a folder or the Hub: safetensors only, and never the folder's own code."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, Qwen2VLImageProcessorPil
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sentence_vipyloqwen.extras import require
+from sentence_vipyloqwen.modules.backbones import backbone_of
 from sentence_vipyloqwen.modules.whole_weights import whole_weights
-
-MODEL_TYPE = "qwen2_vl"
 
 _PIXEL_KEYS = ("min_pixels", "max_pixels")
 
@@ -23,11 +22,11 @@ def load_parts(
     model_kwargs: Mapping[str, Any],
     processor_kwargs: Mapping[str, Any],
     config_kwargs: Mapping[str, Any],
-) -> tuple[Qwen2VLModel, Any, Qwen2VLImageProcessorPil]:
+) -> tuple[PreTrainedModel, Any, Qwen2VLImageProcessorPil]:
     """Load a checkpoint's model, tokenizer and image processor.
 
     Args:
-        path: Folder or Hub id of a Qwen2-VL checkpoint, or of a LoRA adapter of one.
+        path: Folder or Hub id of a checkpoint of a type in `BACKBONES`, or of a LoRA adapter of one.
         hub: Where and how to find it: ``token``, ``revision``, ``local_files_only``, ``cache_dir``, ``subfolder``.
         model_kwargs: For the model.
         processor_kwargs: For the tokenizer, and ``min_pixels`` / ``max_pixels`` for the image processor.
@@ -42,7 +41,7 @@ def load_parts(
             raise ValueError(f"Code of a folder is never run, nor are pickled weights loaded; got {dict(options)}.")
     config = _load_config(path, hub, config_kwargs)
     with whole_weights():
-        model = Qwen2VLModel.from_pretrained(path, config=config, **{**hub, "use_safetensors": True, **model_kwargs})
+        model = AutoModel.from_pretrained(path, config=config, **{**hub, "use_safetensors": True, **model_kwargs})
     tokenizer_kwargs = {key: value for key, value in processor_kwargs.items() if key not in _PIXEL_KEYS}
     pixels = {key: value for key, value in processor_kwargs.items() if key in _PIXEL_KEYS}
     tokenizer = AutoTokenizer.from_pretrained(path, **{**hub, **tokenizer_kwargs})
@@ -59,16 +58,15 @@ def _load_config(path: str, hub: Mapping[str, Any], config_kwargs: Mapping[str, 
     if find_adapter_config_file(path, **where) is not None:
         path = require("peft", "lora").PeftConfig.from_pretrained(path, **where).base_model_name_or_path
     config = AutoConfig.from_pretrained(path, **{**hub, **config_kwargs})
-    if config.model_type != MODEL_TYPE:
-        raise ValueError(f"{path!r} holds a model of type {config.model_type!r}; allowed is {MODEL_TYPE!r} (Qwen2-VL).")
+    backbone_of(config, path)
     return config
 
 
 @torch.no_grad()
-def start_rows_at_mean(model: Qwen2VLModel, known: int, total: int) -> None:
+def start_rows_at_mean(model: PreTrainedModel, known: int, total: int) -> None:
     """Give the new tokens' rows the mean of the known ones; the matrix grows only where it is too short.
 
-    Qwen2-VL's matrix has more rows than its tokenizer has tokens, so resizing to the tokenizer would shrink it.
+    The models' matrices have more rows than their tokenizers have tokens, so resizing to the tokenizer would shrink it.
     """
     if total > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(total, mean_resizing=False)

@@ -34,7 +34,7 @@ class DistinctInputs:
 
 
 def distinct_inputs(inputs: Sequence[ParsedInput]) -> DistinctInputs:
-    """Merge the inputs of equal images, task and text; no file is opened, no picture decoded.
+    """Merge the inputs of equal images, task, text and prompt; no file is opened, no picture decoded.
 
     Raises:
         ValueError: If the pixels of a picture in memory cannot be read; the message names the input's position.
@@ -42,10 +42,11 @@ def distinct_inputs(inputs: Sequence[ParsedInput]) -> DistinctInputs:
     found = DistinctInputs()
     by_id: dict[int, str] = {}
     first_of: dict[str, ImageSource] = {}
-    place_of: dict[tuple[tuple[str, ...], str, str], int] = {}
+    place_of: dict[tuple[object, ...], int] = {}
     for item in inputs:
         keys = _image_keys(item, by_id)
-        place = place_of.setdefault((keys, item.task.name, item.text), len(place_of))
+        content = keys, item.task.name, item.text, item.prompt, item.text_first
+        place = place_of.setdefault(content, len(place_of))
         found.places.append(place)
         if place == len(found.inputs):
             images = tuple(first_of.setdefault(key, image) for key, image in zip(keys, item.images, strict=True))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sentence_vipyloqwen.modules.spool import Spool
-from sentence_vipyloqwen.tasks import Task, split_prefix
+from sentence_vipyloqwen.tasks import GENERAL, Task, split_prefix
 
 MAX_IMAGES = 5
 IMAGE_PLACEHOLDER = "<image>"
@@ -69,38 +69,46 @@ AnySource: TypeAlias = ImageSource | FetchedImage
 class ParsedInput:
     """One input in the order in which the model reads it: images, prefix, text.
 
+    For a model with a chat template of its own it says what that template is told: the text as it was written, the
+    prompt apart from it, and which the caller named first.
+
     Attributes:
         images: Up to five image sources, unopened; URLs become fetched images when the input is rendered.
         task: The task whose prefix heads the text; ``GENERAL`` where there is none.
         text: What follows the prefix, as it was written, without ``<image>`` placeholders.
         index: The input's place among those the caller passed; named in errors.
+        prompt: The prompt, where it stands apart.
+        text_first: Whether the text comes before the images.
     """
 
     images: tuple[AnySource, ...]
     task: Task
     text: str
     index: int = field(compare=False)
+    prompt: str = ""
+    text_first: bool = False
 
 
-def parse_inputs(inputs: Sequence[Any], prompt: str | None = None) -> list[ParsedInput]:
+def parse_inputs(inputs: Sequence[Any], prompt: str | None = None, as_written: bool = False) -> list[ParsedInput]:
     """Read a batch of inputs.
 
     Args:
         inputs: The inputs, each of a kind that :data:`ALLOWED_INPUTS` lists; what is parsed already is kept as it is.
         prompt: Text put in front of each input's own text; a prefix at its head selects the task.
+        as_written: For a model with a chat template of its own: prefixes and placeholders are plain text.
 
     Raises:
         ValueError: If an input is empty, has more than five images, or is of no allowed kind.
     """
     return [
-        item if isinstance(item, ParsedInput) else _parse(item, index, prompt or "")
+        item if isinstance(item, ParsedInput) else _parse(item, index, prompt or "", as_written)
         for index, item in enumerate(inputs)
     ]
 
 
-def _parse(item: Any, index: int, prompt: str) -> ParsedInput:
+def _parse(item: Any, index: int, prompt: str, as_written: bool) -> ParsedInput:
     images, text = _split(item, index)
-    text = text.replace(IMAGE_PLACEHOLDER, "")
+    text = text if as_written else text.replace(IMAGE_PLACEHOLDER, "")
     if not images and not text.strip():
         raise ValueError(f"Input {index} is empty: got {item!r}; an input needs some text, an image, or both.")
     if len(images) > MAX_IMAGES:
@@ -109,6 +117,9 @@ def _parse(item: Any, index: int, prompt: str) -> ParsedInput:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"Input {index}: its text is not valid Unicode: {error}.") from error
+    if as_written:
+        text_first = isinstance(item, Mapping) and next(iter(item)) == "text"
+        return ParsedInput(images, GENERAL, text, index, prompt, text_first)
     task, rest = split_prefix(prompt + _without_prefix_of(prompt, text, index))
     return ParsedInput(images, task, rest, index)
 

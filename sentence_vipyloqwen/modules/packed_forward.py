@@ -1,4 +1,4 @@
-"""Running Qwen2-VL over a packed batch: every patch, image token and word that is computed is computed once."""
+"""Running a model over a packed batch: every patch, image token and word that is computed is computed once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ from functools import cache
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import Qwen2VLModel
+from transformers import PreTrainedModel
 
 from sentence_vipyloqwen.modules.attention import PACKED, Segments
+from sentence_vipyloqwen.modules.backbones import plan_vision, see_windows
 from sentence_vipyloqwen.modules.packing import Packing
 from sentence_vipyloqwen.modules.patch_projection import PatchProjection
 from sentence_vipyloqwen.modules.sharding import runs_together
-
-try:  # with this module the vision tower takes `cu_seqlens` from its caller
-    from transformers.vision_utils import get_vision_position_ids
-except ImportError as error:
-    raise ImportError(
-        f"transformers {transformers.__version__} is installed, whose vision tower cannot run several images as one "
-        "sequence; install it with: pip install --upgrade transformers"
-    ) from error
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +23,7 @@ PLAN = "plan"
 """Feature of a batch that was planned when it was collated: its `Packing`. Only the patches it asks for are there."""
 
 
-def prepare(model: Qwen2VLModel) -> bool:
+def prepare(model: PreTrainedModel) -> bool:
     """Make a model ready for packed batches, where its attention allows; without segments it works as before.
 
     Args:
@@ -45,15 +37,16 @@ def prepare(model: Qwen2VLModel) -> bool:
     if implementation not in PACKED:
         _log_once(logging.INFO if implementation == "eager" else logging.WARNING, f"attention is {implementation!r}")
         return False
-    if model.language_model.has_sliding_layers:
+    if "sliding_attention" in (getattr(model.language_model.config, "layer_types", None) or ()):
         _log_once(logging.WARNING, f"attention ({implementation!r}) has sliding windows")
         return False
     model.set_attn_implementation(PACKED[implementation])
     model.visual.patch_embed = PatchProjection(model.visual.patch_embed.proj)
+    see_windows(model)
     return True
 
 
-def is_prepared(model: Qwen2VLModel) -> bool:
+def is_prepared(model: PreTrainedModel) -> bool:
     """Whether every part of a model still has the attention that :func:`prepare` gave it.
 
     It may be set anew afterwards, by transformers' ``set_attn_implementation``, for a part alone as well.
@@ -68,61 +61,74 @@ def _log_once(level: int, reason: str) -> None:
     logger.log(level, "Batches are padded, not packed, which is slower: %s; allowed is %s, no window.", reason, allowed)
 
 
-def run_packed(model: Qwen2VLModel, packing: Packing, input_ids: Tensor, vision: Tensor | None) -> Tensor:
+def run_packed(model: PreTrainedModel, packing: Packing, input_ids: Tensor, vision: Tensor | None) -> Tensor:
     """Compute the last layer's output for every token of a packed sequence.
 
     Args:
         model: A model that :func:`prepare` found ready.
         packing: The plan of the batch.
         input_ids: (B, L) the padded batch.
-        vision: (merged patches, hidden) of ``packing.images``, in that order: what :func:`run_vision` gives; ``None``
+        vision: (merged patches, W) of ``packing.images``, in that order: what :func:`run_vision` gives; ``None``
             without images.
 
     Returns:
         (T, hidden).
     """
     embeddings = model.get_input_embeddings()(input_ids.flatten()[packing.source])  # (T, hidden)
+    deep: dict[str, Any] = {}
     if vision is not None:
-        shown = vision[packing.vision_rows].to(embeddings.dtype)  # (V, hidden)
+        shown, *later = (
+            vision[packing.vision_rows].to(embeddings.dtype).split(embeddings.shape[1], dim=1)
+        )  # (V, hidden)
         embeddings = embeddings.index_copy(0, packing.image_tokens, shown)
+        if later:
+            is_image = torch.zeros_like(packing.source, dtype=torch.bool).index_fill(0, packing.image_tokens, True)
+            deep = {"visual_pos_masks": is_image[None], "deepstack_visual_embeds": later}
     else:
         embeddings = keep_vision_in_step(model, embeddings)
     output = model.language_model(
         inputs_embeds=embeddings[None],
         position_ids=packing.positions,
-        attention_mask={"full_attention": None},  # by this the model makes no mask: the segments say who sees whom
+        attention_mask=embeddings.new_zeros(1, 1, 1, 1),  # no mask is made: the segments say who sees whom
         use_cache=False,
         segments=packing.segments,
+        **deep,
     )
     return output.last_hidden_state[0]
 
 
-def run_vision(model: Qwen2VLModel, patches: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+def run_vision(model: PreTrainedModel, patches: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
     """Run the vision tower over images as one sequence; images of one size share a call of attention.
 
     A model that :func:`prepare` did not find ready runs them one by one.
 
     Args:
         model: The transformers model.
-        patches: (P, 588) or (P, 1176) floats of all images; (P, 1176) for a model that is not ready.
+        patches: (P, C * side * side) floats of all images, or each frame twice, as for a model that is not ready.
         grids: Frames (1), patch rows and patch columns of each image: numbers, so that no GPU is waited for.
 
     Returns:
-        (P / 4, hidden).
+        (P / 4, W): hidden numbers for the first layer of the language model, and as many again for each of the layers
+        behind which the model adds what it saw earlier (DeepStack, https://arxiv.org/abs/2406.04334).
     """
     thw = torch.tensor(grids)  # (I, 3)
     if not is_prepared(model):
-        return model.visual(patches, grid_thw=thw.to(patches.device)).pooler_output
-    places = get_vision_position_ids(thw, model.visual.spatial_merge_size)  # (P, 2)
+        return _joined(model.visual(patches, grid_thw=thw.to(patches.device)))
     plan = {
-        "position_ids": places.to(patches.device, non_blocking=True),
         "cu_seqlens": torch.tensor([0, len(patches)], dtype=torch.int32),  # every block reads it, as numbers
         "segments": Segments.apart(thw.prod(dim=1).tolist()),
+        **plan_vision(model, thw, patches.device),
     }
-    return model.visual(patches, grid_thw=thw, **plan).pooler_output
+    return _joined(model.visual(patches, grid_thw=thw, **plan))
 
 
-def keep_vision_in_step(model: Qwen2VLModel, embeddings: Tensor) -> Tensor:
+def _joined(output: Any) -> Tensor:
+    """What the language model gets of a tower's output, side by side."""
+    later = getattr(output, "deepstack_features", ())
+    return torch.cat([output.pooler_output, *later], dim=1) if later else output.pooler_output
+
+
+def keep_vision_in_step(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
     """Run the vision tower for a batch without images, where other ranks wait for it; it changes no value.
 
     Ranks gather a sharded tower's weights together, in the order of the forward pass, and add up its gradients
@@ -142,8 +148,8 @@ def keep_vision_in_step(model: Qwen2VLModel, embeddings: Tensor) -> Tensor:
     config, side = model.visual.config, model.visual.config.spatial_merge_size
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     patches = embeddings.new_zeros(side * side, values)  # one merged token's
-    vision = run_vision(model, patches, [(1, side, side)])  # (1, hidden)
-    return embeddings + 0 * vision.to(embeddings.dtype)
+    vision = run_vision(model, patches, [(1, side, side)])  # (1, W)
+    return embeddings + 0 * vision.to(embeddings.dtype).unflatten(1, (-1, embeddings.shape[-1])).sum(dim=1)
 
 
 def select_patches(features: Mapping[str, Any], packing: Packing, places: Sequence[int]) -> Tensor:

@@ -1,19 +1,21 @@
-"""Qwen2-VL as a Sentence Transformers input module: from inputs to one vector for every token."""
+"""Qwen2-VL and its successors as a Sentence Transformers input module: from inputs to one vector for every token."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.modules import InputModule
 from torch import Tensor
-from transformers import Qwen2VLImageProcessorPil, Qwen2VLModel
+from transformers import PreTrainedModel, Qwen2VLImageProcessorPil
 from transformers.utils import PROCESSOR_NAME
 
+from sentence_vipyloqwen.modules.backbones import BACKBONES
 from sentence_vipyloqwen.modules.checkpoint import load_parts, start_rows_at_mean
 from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX, ClosedImages, RowImages, closed_key
 from sentence_vipyloqwen.modules.features import (
@@ -46,7 +48,15 @@ from sentence_vipyloqwen.modules.patches import (
     resized_size,
     to_pixel_values,
 )
-from sentence_vipyloqwen.modules.rendering import CHAT_TEMPLATE, ControlTokens, RenderedInput, add_task_tokens, render
+from sentence_vipyloqwen.modules.rendering import (
+    CHAT_TEMPLATE,
+    ControlTokens,
+    RenderedInput,
+    add_task_tokens,
+    has_own_template,
+    render,
+    render_by_template,
+)
 from sentence_vipyloqwen.modules.spool import Spool
 from sentence_vipyloqwen.modules.vision_cache import ShownImage, VisionCache, check_frozen
 
@@ -55,11 +65,14 @@ MIN_PIXELS = 4 * 28 * 28
 MAX_PIXELS = 1280 * 28 * 28
 """Pixel budget of one image: 4 to 1280 merged vision tokens, so that five images and a text fit 8192 tokens."""
 
+_TOKENIZER_OPTIONS = {"padding", "truncation", "max_length", "restore_suffix"}
+
 _HUB_KEYS = ("token", "revision", "local_files_only", "cache_dir", "subfolder")
 
 
 class Qwen2VLTransformer(InputModule):
-    """Reads text, images and mixes of both, and runs ``Qwen2VLModel`` over them.
+    """Reads text, images and mixes of both, and runs the model over them: Qwen2-VL, or another of
+    :data:`~sentence_vipyloqwen.modules.backbones.BACKBONES`.
 
     Its files are those of Sentence Transformers' own ``Transformer``, so that class loads what this one saved. It uses
     the tokenizer and the PIL image processor alone and never imports torchvision.
@@ -68,6 +81,7 @@ class Qwen2VLTransformer(InputModule):
         model: The transformers model, without a language-modelling head.
         tokenizer: Its tokenizer, task tokens included.
         image_processor: Its image processor, which holds the pixel budget.
+        template_options: Further arguments of the chat template of a model that was made elsewhere.
 
     Attributes:
         allow_urls: Whether image URLs are fetched; ``False`` by default.
@@ -90,11 +104,12 @@ class Qwen2VLTransformer(InputModule):
 
     def __init__(
         self,
-        model: Qwen2VLModel,
+        model: PreTrainedModel,
         tokenizer: Any,
         image_processor: Qwen2VLImageProcessorPil,
         allow_urls: bool = False,
         jpeg_draft: bool = False,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -105,7 +120,8 @@ class Qwen2VLTransformer(InputModule):
         self.lazy_images = False
         self.vision_cache: VisionCache | None = None
         self.packed = prepare(model)
-        self.control = ControlTokens.of(tokenizer)
+        self.template_options = dict(template_options or {})
+        self.control = (ControlTokens.without_tasks if self._by_template else ControlTokens.of)(tokenizer)
         tokenizer.padding_side = "right"
 
     # --- what goes in -------------------------------------------------------------------------------------------------
@@ -149,10 +165,27 @@ class Qwen2VLTransformer(InputModule):
         """
         limit = self.token_limit(processing_kwargs, max_length)
         try:
-            rows = self.render(parse_inputs(inputs, prompt), limit)
+            rows = self.render(self.parse(inputs, prompt), limit)
             return self.collate_closed(rows) if self.lazy_images else self.collate(rows)
         except TypeError as error:  # Sentence Transformers would swallow it and call again, without the prompt
             raise RuntimeError(f"preprocessing failed: {error}") from error
+
+    @property
+    def _by_template(self) -> bool:
+        return has_own_template(self.tokenizer)
+
+    def parse(self, inputs: Sequence[Any], prompt: str | None = None) -> list[ParsedInput]:
+        """Read a batch of inputs, as this model's rows are rendered; what is parsed already is kept as it is.
+
+        Args:
+            inputs: The inputs.
+            prompt: Text put in front of each input's own; for a model with a chat template of its own, the message of
+                the system.
+
+        Raises:
+            ValueError: If an input is not allowed; the message names its position.
+        """
+        return parse_inputs(inputs, prompt, as_written=self._by_template)
 
     def token_limit(
         self, processing_kwargs: Mapping[str, Mapping[str, Any]] | None = None, max_length: int | None = None
@@ -189,7 +222,8 @@ class Qwen2VLTransformer(InputModule):
         spool = Spool()
         sized = [self._size(item, known, spool) for item in inputs]
         items, grids = [item for item, _ in sized], [of_images for _, of_images in sized]
-        return render(items, grids, self.tokenizer, self.control, self.image_processor.merge_size, max_length)
+        to_rows = partial(render_by_template, options=self.template_options) if self._by_template else render
+        return to_rows(items, grids, self.tokenizer, self.control, self.image_processor.merge_size, max_length)
 
     def _size(
         self, item: ParsedInput, known: dict[str | int, tuple[AnySource, Grid]], spool: Spool
@@ -389,18 +423,15 @@ class Qwen2VLTransformer(InputModule):
         """(B, L, hidden): the plain call of the transformers model, to which the packed one is held."""
         if CLOSED_IMAGES in features and "image_grid_thw" in features:
             features = {**features, "pixel_values": self._opened(features, range(len(features["image_grid_thw"])))}
-        embeddings = None  # the model makes them
-        if "pixel_values" not in features:
-            embeddings = keep_vision_in_step(self.model, self.model.get_input_embeddings()(features["input_ids"]))
-        output = self.model(
-            input_ids=features["input_ids"],
-            inputs_embeds=embeddings,
-            attention_mask=features["attention_mask"],
-            mm_token_type_ids=features["mm_token_type_ids"],
-            pixel_values=self._normalised(features.get("pixel_values")),
-            image_grid_thw=features.get("image_grid_thw"),
-            use_cache=False,
-        )
+        if "pixel_values" in features:
+            shown = {name: features[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+            shown["pixel_values"] = self._normalised(features["pixel_values"])
+        else:  # positions are told: a model that is not shown ids takes those of the batch before for its own
+            ids = features["input_ids"]
+            embeddings = keep_vision_in_step(self.model, self.model.get_input_embeddings()(ids))
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)  # (3, B, L)
+            shown = {"inputs_embeds": embeddings, "position_ids": positions}
+        output = self.model(attention_mask=features["attention_mask"], use_cache=False, **shown)
         return output.last_hidden_state
 
     def _normalised(self, patches: Tensor | None, frames: int | None = None) -> Tensor | None:
@@ -418,6 +449,7 @@ class Qwen2VLTransformer(InputModule):
     def get_config_dict(self) -> dict[str, Any]:
         """What Sentence Transformers' ``Transformer`` reads; without ``message`` it would be text only."""
         method = {"method": "forward", "method_output_name": "last_hidden_state"}
+        options = {"processing_kwargs": {"chat_template": self.template_options}} if self.template_options else {}
         return {
             "transformer_task": "feature-extraction",
             "modality_config": {
@@ -427,6 +459,7 @@ class Qwen2VLTransformer(InputModule):
                 "message": {**method, "format": "structured"},
             },
             "module_output_name": "token_embeddings",
+            **options,
         }
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -435,7 +468,8 @@ class Qwen2VLTransformer(InputModule):
         self.tokenizer.save_pretrained(output_path)
         self.image_processor.save_pretrained(output_path)
         # By this the stock path finds the processor even beside a LoRA adapter, where there is no config.json.
-        Path(output_path, PROCESSOR_NAME).write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
+        processor_class = BACKBONES[self.model.config.model_type].processor_class
+        Path(output_path, PROCESSOR_NAME).write_text(json.dumps({"processor_class": processor_class}))
         self.save_config(output_path)
 
     @classmethod
@@ -463,15 +497,16 @@ class Qwen2VLTransformer(InputModule):
             cache_folder: Where Hub files are kept.
             revision: Hub revision.
             local_files_only: Whether to stay off the network.
-            model_kwargs: For ``Qwen2VLModel.from_pretrained``: ``dtype``, ``attn_implementation``, ...
+            model_kwargs: For transformers' ``from_pretrained``: ``dtype``, ``attn_implementation``, ...
             processor_kwargs: For the tokenizer, and ``min_pixels`` / ``max_pixels`` for the image processor.
             config_kwargs: For the configuration.
             backend: ``"torch"``; there is no other.
             **kwargs: Accepted for Sentence Transformers' sake, without effect.
 
         Raises:
-            ValueError: If the folder holds another architecture or lacks the task tokens, if another backend is asked
-                for, or if code of the folder or pickled weights are.
+            ValueError: If the folder holds another architecture, if it has neither the task tokens nor a chat template
+                of its own, or a configuration by which it is not run here, if another backend is asked for, or if code
+                of the folder or pickled weights are.
         """
         if backend != "torch":
             raise ValueError(f"backend is {backend!r}; allowed is 'torch'.")
@@ -480,7 +515,9 @@ class Qwen2VLTransformer(InputModule):
             trust_remote_code=False,
         )
         parts = load_parts(model_name_or_path, hub, model_kwargs or {}, processor_kwargs or {}, config_kwargs or {})
-        return cls(*parts)
+        where = {"token": token, "revision": revision, "local_files_only": local_files_only, "subfolder": subfolder}
+        config = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
+        return cls(*parts, template_options=_template_options(config, model_name_or_path))
 
     @classmethod
     def from_base(
@@ -493,14 +530,14 @@ class Qwen2VLTransformer(InputModule):
         model_kwargs: Mapping[str, Any] | None = None,
         hub_kwargs: Mapping[str, Any] | None = None,
     ) -> Qwen2VLTransformer:
-        """Make the module of a Qwen2-VL checkpoint: add the task tokens and give their rows a start.
+        """Make the module of a checkpoint: add the task tokens and give their rows a start.
 
         Args:
-            base: Hub id or local folder of a Qwen2-VL checkpoint.
+            base: Hub id or local folder of a checkpoint of a type in ``BACKBONES``.
             max_seq_length: Most tokens of an input.
             min_pixels: Fewest pixels of an image after resizing.
             max_pixels: Most pixels of an image after resizing.
-            model_kwargs: For ``Qwen2VLModel.from_pretrained``.
+            model_kwargs: For transformers' ``from_pretrained``.
             hub_kwargs: ``token``, ``revision``, ``cache_dir``, ``local_files_only``.
 
         Raises:
@@ -522,3 +559,25 @@ def _text_limit(processing_kwargs: Mapping[str, Mapping[str, Any]] | None) -> in
     if unknown := sorted(given - {"text.max_length"}):
         raise ValueError(f"processing_kwargs has {unknown}; allowed is {{'text': {{'max_length': int}}}}.")
     return (processing_kwargs or {}).get("text", {}).get("max_length")
+
+
+def _template_options(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What a folder's ``sentence_bert_config.json`` has for the chat template.
+
+    Raises:
+        ValueError: If it asks for what is not done here, and vectors would be others than Sentence Transformers'.
+    """
+    processing = config.get("processing_kwargs") or {}
+    options = processing.get("chat_template", {})
+    asked = {
+        "transformer_task": config.get("transformer_task", "feature-extraction") != "feature-extraction",
+        "modality_config": "message" not in config.get("modality_config", ()),
+        "query_expansion": config.get("query_expansion") is not None,
+        "processing_kwargs": bool(processing.keys() - {"chat_template"} or options.keys() & _TOKENIZER_OPTIONS),
+    }
+    if unknown := [key for key, differs in asked.items() if differs]:
+        raise ValueError(
+            f"{path!r} is configured by {', '.join(f'{key} = {config.get(key)!r}' for key in unknown)}; allowed are "
+            "feature extraction, the modality 'message', and arguments for the chat template alone."
+        )
+    return options

@@ -33,7 +33,7 @@ from transformers import modeling_flash_attention_utils
 from varlen_reference import reference_varlen
 
 from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen
-from sentence_vipyloqwen.modules import MeanPooling, attention, packed_forward
+from sentence_vipyloqwen.modules import MeanPooling, attention, backbones, packed_forward
 from sentence_vipyloqwen.modules.attention import PACKED, varlen_attention
 from sentence_vipyloqwen.modules.mean_pooling import PACKING
 
@@ -307,7 +307,7 @@ def test_what_keeps_batches_from_being_packed_is_logged_once(
     packed_forward._log_once.cache_clear()
     transformer = model[0].model
     transformer.config._attn_implementation_internal = implementation
-    transformer.language_model.has_sliding_layers = sliding
+    transformer.language_model.config.layer_types = ["sliding_attention" if sliding else "full_attention"] * 2
     with caplog.at_level(logging.INFO, packed_forward.__name__):
         assert not packed_forward.prepare(transformer) and not packed_forward.prepare(transformer)
     assert [record.levelname for record in caplog.records] == [level]
@@ -317,7 +317,7 @@ def test_what_keeps_batches_from_being_packed_is_logged_once(
 def test_an_old_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.vision_utils", None)
     with pytest.raises(ImportError, match=r"transformers [\d.]+ is installed, whose vision tower cannot"):
-        runpy.run_module(packed_forward.__name__)
+        runpy.run_module(backbones.__name__)
 
 
 @pytest.fixture
