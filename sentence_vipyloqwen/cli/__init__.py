@@ -1,4 +1,4 @@
-"""The command line: ``vipyloqwen demo | create | validate | mine | train | evaluate | ablate | index | search ...``."""
+"""The command line: ``vipyloqwen demo | create | validate | mine | train | evaluate | mteb | ablate | index | search ...``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sentence_vipyloqwen.cli import ablation, indexing, models, records, searching, training
+from sentence_vipyloqwen.cli import ablation, benchmarking, indexing, models, records, searching, training
 from sentence_vipyloqwen.cli.shared import silence_libraries, tell_error
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for command in (
     records.mine,
     training.train,
     training.evaluate,
+    benchmarking.mteb,
     ablation.ablate,
     searching.search,
     searching.ui,

@@ -1,0 +1,78 @@
+"""Measuring a model on public benchmarks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sentence_vipyloqwen.cli.shared import BatchSize, Device, load_any, make_screen
+
+
+def mteb(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a finished model.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task, or a list of tasks (see --list); may be given often. `offline` by default."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results, as mteb files them.")] = Path("mteb-results"),
+    name: Annotated[
+        str | None, typer.Option(help="What results are filed under, owner/name; by default the model's own name.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Print the lists and their tasks, and do nothing.")] = False,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+) -> None:
+    """Measure a model on tasks of mteb: Vietnamese texts, pictures, documents. Needs the `mteb` extra.
+
+    **Lists**: `offline` needs no network: finding rendered Vietnamese documents by queries in Vietnamese, without
+    diacritics, with typing errors, in English and Chinese; questions on pictures; graded pairs. The others download
+    their data from the Hugging Face Hub: `vn-mteb`, `vidore-v1` to `vidore-v3`, `xm3600-vi`, `mmeb`. Any other task
+    goes by the name that mteb has for it.
+
+    **Prompts**: pairs of texts bear `<text_pair>` on both sides, queries that are instructions `<instr>`, questions on
+    a picture `<vqa_single>`; documents, captions, pictures and queries for them bear none.
+
+    **Results**: one JSON file for each task in `OUTPUT/results/NAME/REVISION/`. The revision is a hash of the weights:
+    what is there already is not run again.
+
+    Example: `vipyloqwen mteb run/model --task vn-mteb --task VietnameseDocumentRetrieval`
+    """
+    from rich.table import Table
+
+    from sentence_vipyloqwen.mteb_tasks.run import run
+    from sentence_vipyloqwen.mteb_tasks.suites import SUITES, find_tasks
+
+    if list_:
+        for suite, tasks in SUITES.items():
+            typer.echo(f"{suite}: {', '.join(task.metadata.name for task in tasks())}")
+        return
+    if model is None:
+        raise ValueError("vipyloqwen mteb needs a model, a folder or Hub id, or --list.")
+    found = find_tasks(task or ["offline"])
+    logging.getLogger("mteb").setLevel(logging.ERROR)  # it warns of every prompt that is not one of its own
+    scores = run(
+        load_any(model, device),
+        found,
+        output,
+        name=name or _name_of(model),
+        batch_size=batch_size,
+        show_progress_bar=True,
+    )
+    table = Table("task", "subset", "metric", "value")
+    for score in scores.scores:
+        table.add_row(score.task, score.subset, score.metric, f"{score.value:.4f}")
+    screen = make_screen()
+    screen.print(table)
+    screen.print(f"Results: {scores.folder}")
+
+
+def _name_of(model: str) -> str:
+    """A Hub id as it is; of a folder the last name, with that of the run where it is only ``model``."""
+    path = Path(model)
+    if not path.exists():
+        return model
+    parts = path.resolve().parts
+    return "-".join(parts[-2:]) if parts[-1] == "model" else parts[-1]
