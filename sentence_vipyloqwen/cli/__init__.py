@@ -1,4 +1,4 @@
-"""The command line: ``vipyloqwen demo | create | validate | mine | train | evaluate | mteb | ablate | index | search ...``."""
+"""The command line: ``vipyloqwen demo | create | validate | train | evaluate | mteb | ablate | index | search ...``."""
 
 from __future__ import annotations
 
