@@ -25,6 +25,9 @@ from sentence_vipyloqwen.demo.base_model import make_tiny_base
 SIZES = {"hidden_size": 384, "layers": 6, "vision_size": 256, "vision_layers": 4}
 
 
+HEAD = "# Benchmarks\n\nEach section is written by the command it names.\n"
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's lines and shows defaults."""
 
@@ -128,7 +131,7 @@ def report(title: str, body: str, output: Path | None) -> None:
     section = f"## {title}\n\n{body}\n"
     print(f"\n{section}", flush=True)
     if output:
-        text = output.read_text(encoding="utf-8") if output.exists() else "# Benchmarks\n\nWritten by `make bench`.\n"
+        text = output.read_text(encoding="utf-8") if output.exists() else HEAD
         output.write_text(with_section(text, title, section), encoding="utf-8")
 
 

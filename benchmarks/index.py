@@ -101,6 +101,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Measure the kinds asked for and report them."""
     options = parser().parse_args()
+    if PEER in options.kind:
+        require(PEER, "benchmarks")  # now, not after an hour
     faiss.omp_set_num_threads(options.threads)
     draw = Draw(options.rows, options.dim, options.noise)
     lines: list[list[Any]] = []
@@ -247,7 +249,6 @@ def beside_peer(
     folder: Path, manifest: Manifest, name: str, queries: np.ndarray, exact: np.ndarray, rounds: int
 ) -> list[Any]:
     """The graph of usearch over the same vectors, with the connectivity of our HNSW."""
-    require("usearch", "benchmarks")
     from usearch.index import Index
 
     parts = [map_vectors(folder / shard.vectors, shard, manifest.dim) for shard in manifest.shards]

@@ -51,11 +51,10 @@ def point(row: dict) -> models.PointStruct:
 
 
 def export(folder: Path, client: QdrantClient) -> int:
-    """Upsert an index into a collection, which is made where it is not there; how many points it has then."""
+    """Make a collection of an index, in place of one that is there; how many points it has."""
     dim = json.loads((folder / "index.json").read_bytes())["dim"]
-    if not client.collection_exists(COLLECTION):
-        vectors = models.VectorParams(size=dim, distance=models.Distance.COSINE)
-        client.create_collection(COLLECTION, vectors_config=vectors)
+    client.delete_collection(COLLECTION)  # else it would keep what the index has no more
+    client.create_collection(COLLECTION, vectors_config=models.VectorParams(size=dim, distance=models.Distance.COSINE))
     waiting = points(folder)
     while batch := list(islice(waiting, AT_ONCE)):
         client.upsert(COLLECTION, batch)

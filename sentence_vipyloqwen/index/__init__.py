@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sentence_vipyloqwen.fingerprint import Fingerprint, fingerprint
 from sentence_vipyloqwen.index.embedding import EmbedOptions
-from sentence_vipyloqwen.index.fingerprint import Fingerprint, fingerprint
 from sentence_vipyloqwen.index.report import SearchResult, write_report
 from sentence_vipyloqwen.index.shares import encode_share
 from sentence_vipyloqwen.index.snapshot import Hit

@@ -15,8 +15,8 @@ import xxhash
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from sentence_vipyloqwen.index.files import measure
-from sentence_vipyloqwen.index.fingerprint import Fingerprint
+from sentence_vipyloqwen.files import measure
+from sentence_vipyloqwen.fingerprint import Fingerprint
 from sentence_vipyloqwen.index.items import encode_item, item_input, read_items, with_absolute_images
 from sentence_vipyloqwen.index.shards import Shard, ShardContent, Skipped, find_shard, write_shard
 from sentence_vipyloqwen.index.sources import Folder, Source
@@ -71,6 +71,14 @@ class Share:
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
             raise ValueError(f"share is {self.number} of {self.of}; allowed is from 0, below the number of shares.")
+
+    def rows(self, count: int, size: int) -> int:
+        """How many of so many items are this share's, in shards of a size.
+
+        >>> [Share(number, 3).rows(45, 10) for number in range(3)]
+        [20, 15, 10]
+        """
+        return sum(min(size, count - start) for start in range(self.number * size, count, self.of * size))
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,8 @@ def embed_items(
         items = read_items(source, folder, taken, on_bad, known.processing.get("max_pixels"))
         count = _spool(spool, items, folder, options)  # 1
         shards, ids = [], []
-        with tqdm(total=count, desc="Embedding", unit="item", disable=not options.show_progress_bar) as bar:
+        own = share.rows(count, options.shard_rows)
+        with tqdm(total=own, desc="Embedding", unit="item", disable=not options.show_progress_bar) as bar:
             chunks = _chunks(_unspool(spool), options.shard_rows)
             for rows in islice(chunks, share.number, None, share.of):  # 2
                 name = _name(rows, known, options.prompt_name)

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from PIL import Image
 
-from sentence_vipyloqwen.index.files import is_stored, replacing
+from sentence_vipyloqwen.files import is_stored, replacing
 from sentence_vipyloqwen.index.shards import Skipped
 from sentence_vipyloqwen.index.sources import ITEM_KEYS, Item, Source, base_folder, located
 from sentence_vipyloqwen.modules.images import describe, image_size, open_image

@@ -25,6 +25,8 @@ from collections.abc import Sequence
 import faiss
 import numpy as np
 
+from sentence_vipyloqwen.errors import first_line
+
 AUTO, FLAT = "auto", "Flat"
 
 EXACT_UP_TO = 200_000
@@ -82,7 +84,7 @@ def make(factory: str, dim: int) -> faiss.Index:
         return faiss.index_factory(dim, factory, metric)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"kind is {factory!r}, which FAISS does not make of {dim} dimensions ({_first_line(error)}); allowed are "
+            f"kind is {factory!r}, which FAISS does not make of {dim} dimensions ({first_line(error)}); allowed are "
             "auto, Flat, HNSW, 'IVF,SQ8', 'IVF,PQ', binary, MRL256 and FAISS factory strings."
         ) from error
 
@@ -161,7 +163,3 @@ def _lists(count: int) -> int:
 def _codes(dim: int) -> int:
     """Bytes of a product code: one for 8 dimensions, as near as the dimension divides."""
     return next(codes for codes in range(max(1, dim // 8), 0, -1) if dim % codes == 0)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]

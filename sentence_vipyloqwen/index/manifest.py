@@ -25,8 +25,8 @@ from typing import Any
 
 import xxhash
 
-from sentence_vipyloqwen.index.files import check, replacing
-from sentence_vipyloqwen.index.fingerprint import Fingerprint
+from sentence_vipyloqwen.files import check, replacing
+from sentence_vipyloqwen.fingerprint import Fingerprint
 
 FORMAT = "sentence-vipyloqwen-index"
 FORMAT_VERSION = 3

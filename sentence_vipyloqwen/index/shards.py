@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from sentence_vipyloqwen.index.files import replacing
+from sentence_vipyloqwen.files import replacing
 from sentence_vipyloqwen.index.manifest import Shard
 
 ITEM_COLUMNS = ("id", "text", "image", "metadata")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
+from sentence_vipyloqwen.fingerprint import fingerprint
+from sentence_vipyloqwen.index import writing
 from sentence_vipyloqwen.index.embedding import EmbedOptions, Share, embed_items
-from sentence_vipyloqwen.index.fingerprint import fingerprint
 from sentence_vipyloqwen.index.items import Source
 
 
@@ -37,9 +38,11 @@ def encode_share(
         How many items the share holds.
 
     Raises:
-        ValueError: As :meth:`VectorIndex.build`.
+        ValueError: As :meth:`VectorIndex.build`, or if another process embeds the same share.
     """
     part = Share(share, shares)
     folder = Path(folder).resolve()
+    writing.check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return len(embed_items(model, fingerprint(model), items, folder, options or EmbedOptions(), share=part).ids)
+    with writing.sharing(folder, share):
+        return len(embed_items(model, fingerprint(model), items, folder, options or EmbedOptions(), share=part).ids)

@@ -21,6 +21,9 @@ from sentence_vipyloqwen.index.shards import items_of, map_index, map_vectors, r
 READ_ATTEMPTS = 50
 """A reader whose files a writer has just dropped reads ``index.json`` again, so many times."""
 
+NORM_TOLERANCE = 1e-3
+"""How far from 1 the length of a query's vector may be: half precision rounds it."""
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -96,6 +99,12 @@ class Snapshot:
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim or not np.isfinite(vectors).all():
             raise ValueError(
                 f"vectors have the shape {vectors.shape}; allowed is (Q, {self.manifest.dim}), all finite."
+            )
+        norms = np.linalg.norm(vectors, axis=1)
+        if (off := np.flatnonzero(abs(norms - 1) > NORM_TOLERANCE)).size:
+            raise ValueError(
+                f"vectors[{off[0]}] is {norms[off[0]]:.4g} long ({len(off)} of {len(vectors)} are not of length 1); "
+                "scores are cosines, so allowed are unit vectors: divide each by its length."
             )
         if not self.manifest.count:
             return [[] for _ in vectors]

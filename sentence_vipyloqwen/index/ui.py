@@ -251,11 +251,14 @@ class Found:
 
 
 class _Desk:
-    """Answers requests from an index, one at a time: a model is not made for several threads."""
+    """Answers requests from an index: questions one at a time, as a model is not made for several threads.
+
+    Pictures do not wait for questions.
+    """
 
     def __init__(self, index: VectorIndex) -> None:
         self._index = index
-        self._lock = Lock()
+        self._model_lock, self._refresh_lock = Lock(), Lock()
         self._info = index.info()
         self._encoded = lru_cache(PICTURES_KEPT)(_encode)
 
@@ -274,17 +277,21 @@ class _Desk:
     def _find(self, question: Question) -> Found:
         start = perf_counter()
         try:
-            with self._lock:
-                self._index.refresh()
-                if question.is_empty:
-                    return Found()
-                query = _read_query(self._index, question)
+            self._refresh()
+            if question.is_empty:
+                return Found()
+            query = _read_query(self._index, question)
+            with self._model_lock:
                 hits = self._index.search(
                     query, _read_k(question.k), question.prompt_name or None, where=question.where or None
                 )
         except ValueError as error:
             return Found(error=str(error))
         return Found([_card(hit) for hit in hits], round(1000 * (perf_counter() - start)))
+
+    def _refresh(self) -> None:
+        with self._refresh_lock:
+            self._index.refresh()
 
     def _about(self) -> dict[str, Any]:
         prompts = self._info["fingerprint"]["prompts"]
@@ -298,9 +305,8 @@ class _Desk:
     def picture(self, id: str, number: int, size: str) -> Response:
         """An image of an item, drawn anew."""
         try:
-            with self._lock:
-                self._index.refresh()
-                path = self._index.get(id)["image"][number]
+            self._refresh()
+            path = self._index.get(id)["image"][number]
             content, kind = self._encoded(path, PICTURE_PIXELS[size])
         except (ValueError, IndexError) as error:
             raise HTTPException(404, "There is no such image, or it cannot be opened any more.") from error

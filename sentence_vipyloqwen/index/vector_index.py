@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from sentence_vipyloqwen.fingerprint import Fingerprint, fingerprint
 from sentence_vipyloqwen.index import kinds, maintenance, writing
 from sentence_vipyloqwen.index.embedding import Embedded, EmbedOptions, embed, embed_items
 from sentence_vipyloqwen.index.filters import Where
-from sentence_vipyloqwen.index.fingerprint import fingerprint
 from sentence_vipyloqwen.index.items import Source, query_input
 from sentence_vipyloqwen.index.manifest import REBUILD, Manifest, read_manifest
 from sentence_vipyloqwen.index.shards import Skipped
@@ -43,10 +43,11 @@ class VectorIndex:
         index.search("electricity bill", k=1)[0].id  # "a"
     """
 
-    def __init__(self, model: SentenceTransformer, folder: Path, snapshot: Snapshot) -> None:
+    def __init__(self, model: SentenceTransformer, known: Fingerprint, folder: Path, snapshot: Snapshot) -> None:
         self.folder = folder
         self.skipped: tuple[Skipped, ...] = ()
         self._model = model
+        self._known = known
         self._now = snapshot
 
     @classmethod
@@ -91,7 +92,8 @@ class VectorIndex:
             old = _manifest_or_none(folder)
             embedded = embed_items(model, known, items, folder, options)
             manifest = Manifest(known, known.dim, len(embedded.ids), options.prompt_name, kind, embedded.shards)
-            index = cls(model, folder, Snapshot(folder, writing.commit(folder, old, manifest, measure_all=True)))
+            written = writing.commit(folder, old, manifest, measure_all=True)
+            index = cls(model, known, folder, Snapshot(folder, written))
         index.skipped = embedded.skipped
         return index
 
@@ -109,9 +111,8 @@ class VectorIndex:
             ValueError: If the model is another one (weights, dimension, prompts, processing), or if a file of the index
                 is missing or damaged.
         """
-        folder = Path(folder).resolve()
-        snapshot = Snapshot.latest(folder, lambda manifest: _check_model(manifest, model, folder), checksum=checksum)
-        return cls(model, folder, snapshot)
+        folder, known = Path(folder).resolve(), fingerprint(model)
+        return cls(model, known, folder, _open(folder, known, checksum=checksum))
 
     def refresh(self) -> bool:
         """Open what the folder holds now, where another process has changed it; costs little where none has.
@@ -124,7 +125,7 @@ class VectorIndex:
         """
         if read_manifest(self.folder) == self._now.manifest:
             return False
-        self._now = self.load(self.folder, self._model, checksum=False)._now
+        self._now = _open(self.folder, self._known, checksum=False)
         return True
 
     # --- changes ---
@@ -281,7 +282,7 @@ class VectorIndex:
             Hits for each of them.
 
         Raises:
-            ValueError: As for :meth:`search`, or if the vectors are of another shape or not finite.
+            ValueError: As for :meth:`search`, or if the vectors are of another shape or length, or not finite.
         """
         return self._now.search(vectors, k, where=where, exact=exact, effort=effort)
 
@@ -356,13 +357,9 @@ def _manifest_or_none(folder: Path) -> Manifest | None:
 @contextmanager
 def _new_folder(folder: Path, overwrite: bool) -> Iterator[None]:
     """A folder to build in; where the build fails before anything was embedded, it goes as it came."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} exists and is no index: choose another folder.")
-    if writing.is_index(folder):
-        if not overwrite:
-            raise ValueError(f"There is an index at {folder} already: pass overwrite=True to replace it.")
-    elif folder.exists() and not writing.is_unfinished(folder):
-        raise ValueError(f"{folder} exists and is no index: choose another folder.")
+    writing.check_free(folder)
+    if writing.is_index(folder) and not overwrite:
+        raise ValueError(f"There is an index at {folder} already: pass overwrite=True to replace it.")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -373,8 +370,12 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[None]:
         raise
 
 
-def _check_model(manifest: Manifest, model: SentenceTransformer, folder: Path) -> None:
-    built_with, given = manifest.fingerprint, fingerprint(model)
+def _open(folder: Path, known: Fingerprint, *, checksum: bool) -> Snapshot:
+    return Snapshot.latest(folder, lambda manifest: _check_model(manifest, known, folder), checksum=checksum)
+
+
+def _check_model(manifest: Manifest, given: Fingerprint, folder: Path) -> None:
+    built_with = manifest.fingerprint
     if not given.may_query(built_with):
         raise ValueError(
             f"The index {folder} was built with the model {built_with}; the model given is {given}. They differ in: "

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock, Timeout
 
+from sentence_vipyloqwen.files import DRAFT, is_stored, measure, replacing
 from sentence_vipyloqwen.index import kinds
-from sentence_vipyloqwen.index.files import DRAFT, is_stored, measure, replacing
 from sentence_vipyloqwen.index.items import IMAGES_FOLDER
 from sentence_vipyloqwen.index.manifest import MANIFEST_FILE, Approximate, Manifest, Shard, write_manifest
 from sentence_vipyloqwen.index.shards import ShardContent, items_of, map_vectors, read_items, vectors_of, write_shard
@@ -28,6 +28,9 @@ from sentence_vipyloqwen.index.shards import ShardContent, items_of, map_vectors
 logger = logging.getLogger(__name__)
 
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
+SHARE_LOCK = ".share-{}.lock"
+SHARE_PATIENCE = 60
+"""Seconds that a share waits for others, which begin at the same moment."""
 
 MOST_SHARDS = 64
 """More shards than that are joined at the end of a change: each costs a query some time."""
@@ -42,17 +45,18 @@ _FOLDERS = ("shards", "vectors", "deleted", "search", IMAGES_FOLDER)
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, patience: float = 0) -> Iterator[None]:
     """Keep other writers out; readers are never in the way.
 
     Args:
         folder: The index folder.
         what: What is done, for the message that others get.
+        patience: Seconds to wait for another writer to end.
 
     Raises:
         ValueError: If another process is writing; the message says which.
     """
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    lock = FileLock(folder / LOCK_FILE, timeout=patience)
     try:
         lock.acquire()
     except Timeout as error:
@@ -66,6 +70,41 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     finally:
         (folder / HOLDER_FILE).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def sharing(folder: Path, number: int) -> Iterator[None]:
+    """Keep :func:`compact` from dropping what a share writes, which no manifest names yet; shares run side by side.
+
+    Args:
+        folder: The index folder.
+        number: Of the share.
+
+    Raises:
+        ValueError: If another process is writing the index, or embeds the same share.
+    """
+    lock = FileLock(folder / SHARE_LOCK.format(number), timeout=0)
+    with locked(folder, f"begin share {number}", patience=SHARE_PATIENCE):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"Share {number} of {folder} is being embedded by another process.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_no_share(folder: Path) -> None:
+    for path in sorted(folder.glob(SHARE_LOCK.format("*"))):
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout as error:
+            raise ValueError(
+                f"Shares of {folder} are being embedded ({path.name}), and compacting would drop them: try again later."
+            ) from error
+        path.unlink(missing_ok=True)
 
 
 def _holder(folder: Path) -> str:
@@ -131,7 +170,11 @@ def compact(folder: Path, manifest: Manifest) -> Manifest:
     Args:
         folder: The index folder, locked.
         manifest: What it is now.
+
+    Raises:
+        ValueError: If shares of it are being embedded.
     """
+    _check_no_share(folder)
     new = _joined(folder, manifest, deleted_rows(folder, manifest))
     written = commit(folder, manifest, replace(new, approximate=None))
     images = {path for row in read_items(folder, written.shards)["image"].to_pylist() for path in row}
@@ -212,6 +255,16 @@ def _with_files(folder: Path, manifest: Manifest, known: Mapping[str, Mapping[st
     return replace(manifest, files={name: known[name] if name in known else measure(folder / name) for name in names})
 
 
+def check_free(folder: Path) -> None:
+    """See to it that an index may be made in a folder that holds none: it is new, empty, or a build's that was killed.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if folder.exists() and not (folder.is_dir() and (is_index(folder) or is_unfinished(folder))):
+        raise ValueError(f"{folder} exists and is no index: choose another folder.")
+
+
 def is_index(folder: Path) -> bool:
     """Whether a folder holds an index."""
     return (folder / MANIFEST_FILE).is_file()
@@ -225,6 +278,6 @@ def is_unfinished(folder: Path) -> bool:
     parts = [path for path in folder.iterdir() if path.name in _FOLDERS and path.is_dir()]
     others = [path for path in folder.iterdir() if path not in parts]
     return all(
-        path.name in (LOCK_FILE, HOLDER_FILE) or is_stored(path.name)
+        path.name in (LOCK_FILE, HOLDER_FILE) or path.match(SHARE_LOCK.format("*")) or is_stored(path.name)
         for path in (*others, *(path for part in parts for path in part.iterdir()))
     )

@@ -147,7 +147,7 @@ def _run(
             try:
                 embeddings = forward(features.result())
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
                     raise type(error)(f"Input {rows[batch[0]].source.index} alone is too large: {error}") from error
@@ -156,7 +156,8 @@ def _run(
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,6 +24,8 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sentence_vipyloqwen.files import replacing, sync
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,10 @@ def seal(checkpoint: Path) -> None:
     """Declare a checkpoint complete; its files are on the disk before."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     for path in [*files, *(folder for folder in checkpoint.rglob("*") if folder.is_dir())]:
-        _flush(path)
+        sync(path)
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    draft = checkpoint / f".{MARKER}.new"
-    draft.write_text(json.dumps({"step": step_of(checkpoint), "files": sizes}, indent=1), encoding="utf-8")
-    _flush(draft)
-    os.replace(draft, checkpoint / MARKER)
-    _flush(checkpoint)
+    with replacing(checkpoint / MARKER) as draft:
+        draft.write_text(json.dumps({"step": step_of(checkpoint), "files": sizes}, indent=1), encoding="utf-8")
 
 
 def delete(checkpoint: Path) -> None:
@@ -174,12 +172,3 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 def _checkpoints(folder: Path) -> list[Path]:
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted((path for path in paths if path.is_dir() and _NAME.fullmatch(path.name)), key=step_of)
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk: a marker must not outlive its files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

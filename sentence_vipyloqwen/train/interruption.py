@@ -17,6 +17,8 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sentence_vipyloqwen.errors import first_line
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WORKER_GRACE = 60
 """Seconds that a process which prepares batches goes on after SIGTERM, so that the step under way can end."""
@@ -141,7 +143,7 @@ def explaining(folder: Path) -> Iterator[None]:
             raise ProcessLost(
                 "another process of this training ended, and this one with it. Its own message, above, says why; where "
                 "it has none, it was killed, as by a lack of memory. The same command goes on from the last complete "
-                f"checkpoint in {folder}. ({str(error).splitlines()[0]:.200})"
+                f"checkpoint in {folder}. ({first_line(error)})"
             ) from error
         if not is_disk_full(error):
             raise

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sentence_vipyloqwen.errors import first_line
 from sentence_vipyloqwen.modules.closed_images import CLOSED_IMAGES, ROW_INDEX
+from sentence_vipyloqwen.modules.encoding import is_out_of_memory
 from sentence_vipyloqwen.train.recipe import Recipe
 
 _MASK, _GRIDS = "attention_mask", "image_grid_thw"
@@ -104,12 +105,11 @@ class MemoryAdvice(TrainerCallback):
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            lacks = isinstance(error, MemoryError) or should_reduce_batch_size(error)
-            if not lacks or self._step is None or not self._columns:
+            if not is_out_of_memory(error) or self._step is None or not self._columns:
                 raise
             raise OutOfMemory(
                 f"memory does not suffice for step {self._step}, whose batch has {BatchSize.of(self._columns)}. "
-                f"What helps: {'; '.join(advice(self.recipe))}. ({_first_line(error)})"
+                f"What helps: {'; '.join(advice(self.recipe))}. ({first_line(error)})"
             ) from error
         finally:
             hook.remove()
@@ -133,7 +133,3 @@ def advice(recipe: Recipe) -> list[str]:
         found.append("gradient_checkpointing: true")
     found.append(f"a smaller batch_size (now {recipe.batch_size}) with more accumulation, or a smaller max_pixels")
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

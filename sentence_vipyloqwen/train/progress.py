@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sentence_vipyloqwen.files import replacing
 from sentence_vipyloqwen.train.batches import BatchWatch
 from sentence_vipyloqwen.train.task_losses import LOSS
 
@@ -182,7 +183,8 @@ def trim_log(path: Path, step: int) -> None:
     """Drop the entries after a step: a run resumed there writes them anew."""
     if path.exists():
         kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        with replacing(path) as draft:
+            draft.write_text("".join(kept), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import PrinterCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from sentence_vipyloqwen.index.files import measure
+from sentence_vipyloqwen.files import measure, replacing
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.modules.rendering import ControlTokens
 from sentence_vipyloqwen.modules.sharding import is_sharded
@@ -113,7 +113,8 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     """
     output = Path(recipe.output)
     arguments = make_arguments(recipe, output, device)
-    checkpoint = _find_checkpoint(recipe, output, arguments.world_size)
+    files = _DataFiles(recipe.train)
+    checkpoint = _find_checkpoint(recipe, output, files, arguments.world_size)
     # 1. Data and model.
     dataset = load_tasks(recipe.train, on_error=recipe.on_error, show_progress_bar=True)
     options = {"dims": recipe.matryoshka_dims, "hidden_prefixes": recipe.hidden_prefixes}
@@ -124,7 +125,7 @@ def train(recipe: Recipe, *, device: str | None = None) -> TrainingResult:
     writes = parts.trainer.is_world_process_zero()
     PartialState().wait_for_everyone()  # all have looked at the folder
     if writes:
-        _start_output(recipe, output, checkpoint, arguments.world_size)
+        _start_output(recipe, output, checkpoint, files, arguments.world_size)
     # 3. What the untrained model can do, and the training.
     before = _evaluate(recipe, model, evaluator) if evaluator and not checkpoint else None
     if before:
@@ -297,7 +298,7 @@ def _report(output: Path) -> None:
         logger.warning("No page of the training was written: %s", error)
 
 
-def _find_checkpoint(recipe: Recipe, output: Path, processes: int) -> Path | None:
+def _find_checkpoint(recipe: Recipe, output: Path, files: _DataFiles, processes: int) -> Path | None:
     """The checkpoint to go on from; an output folder that holds a run must hold one of the same settings."""
     checkpoints = complete_checkpoints(output / CHECKPOINTS)
     if not (output / RECIPE_FILE).exists() and not any((output / CHECKPOINTS).glob("*")):
@@ -315,11 +316,11 @@ def _find_checkpoint(recipe: Recipe, output: Path, processes: int) -> Path | Non
             f"{output} holds a run of other settings ({changes}): give those again to resume it, "
             "or choose another output folder."
         )
-    _check_origin(recipe, output, processes if checkpoints else None)
+    _check_origin(output, files, processes if checkpoints else None)
     return checkpoints[-1] if checkpoints else None
 
 
-def _check_origin(recipe: Recipe, output: Path, processes: int | None) -> None:
+def _check_origin(output: Path, files: _DataFiles, processes: int | None) -> None:
     """Records, and the number of processes if it matters, must be those that the run began with."""
     origin = _read_origin(output)
     if origin is None:
@@ -327,10 +328,10 @@ def _check_origin(recipe: Recipe, output: Path, processes: int | None) -> None:
             "The run in %s began without hashes of its records, as runs of an earlier version did: it is not checked "
             "whether %s are those it began with. If they are not, stop it and choose another output folder.",
             output,
-            ", ".join(recipe.train),
+            ", ".join(files.paths),
         )
         return
-    if changed := [path for path, digest in _digests(recipe).items() if digest not in origin["digests"]]:
+    if changed := [path for path, digest in files.digests.items() if digest not in origin["digests"]]:
         raise ValueError(
             f"The records of {', '.join(changed)} are not those that the run in {output} began with: it cannot go on "
             "with them: restore them, or choose another output folder."
@@ -352,9 +353,16 @@ def _read_origin(output: Path) -> dict[str, Any] | None:
     return origin if isinstance(origin, dict) else {"digests": origin}  # an earlier version wrote a list of these alone
 
 
-def _digests(recipe: Recipe) -> dict[str, str]:
-    """Each data file, and a hash of its content."""
-    return {path: measure(Path(path))["xxh3_128"] for path in recipe.train}
+@dataclass(frozen=True)
+class _DataFiles:
+    """The files of the records. They are hashed once, when that is asked for: gigabytes take a while."""
+
+    paths: tuple[str, ...]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Each of them, and a hash of its content."""
+        return {path: measure(Path(path))["xxh3_128"] for path in self.paths}
 
 
 def _settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -368,9 +376,9 @@ def _settings_of(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def _start_output(recipe: Recipe, output: Path, checkpoint: Path | None, processes: int) -> None:
+def _start_output(recipe: Recipe, output: Path, checkpoint: Path | None, files: _DataFiles, processes: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    origin = {"digests": list(_digests(recipe).values()), "processes": processes}
+    origin = {"digests": list(files.digests.values()), "processes": processes}
     _write(output / DATA_FILE, json.dumps(origin))
     _write(output / RECIPE_FILE, recipe.to_yaml())
     clean(output / CHECKPOINTS)
@@ -403,7 +411,6 @@ def _add_metrics(path: Path, **evaluations: Evaluation) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there."""
-    draft = path.with_name(f".{path.name}.new")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    """Write a file, whole or not at all."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from sentence_vipyloqwen.index.fingerprint import fingerprint
+from sentence_vipyloqwen.fingerprint import fingerprint
 
 FORMAT_VERSION = 1
 """Part of a folder's name; raised when the same key would stand for another content."""

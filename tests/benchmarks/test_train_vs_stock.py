@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import common
 import measure
 import pytest
 import torch
@@ -61,6 +62,6 @@ def test_its_section_goes_into_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["train_vs_stock.py", *arguments])
     train_vs_stock.main()
     written = output.read_text(encoding="utf-8")
-    assert written.startswith("# Benchmarks\n\nWritten by `make bench`.\n\n## Training step, against stock")
+    assert written.startswith(f"{common.HEAD}\n## Training step, against stock")
     assert "MB: with PrefixRoutedLoss on both sides" in written
     assert "| text | 2 |" in written and "`python benchmarks/train_vs_stock.py --rows 3" in written

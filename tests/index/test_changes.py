@@ -314,6 +314,9 @@ def test_vectors_of_one_s_own(model, index):
     for wrong in (vectors[0], vectors[:, :5], np.full((1, 32), np.nan)):
         with pytest.raises(ValueError, match=r"allowed is \(Q, 32\), all finite"):
             index.search_vectors(wrong)
+    for wrong, length in ((5 * vectors, "5"), (0 * vectors, "0")):
+        with pytest.raises(ValueError, match=rf"vectors\[0\] is {length} long \(2 of 2 .* allowed are unit vectors"):
+            index.search_vectors(wrong)
 
 
 def test_ten_megabytes_of_metadata_come_back_as_they_were(model, tmp_path):

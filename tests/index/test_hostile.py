@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sentence_vipyloqwen.files import measure
 from sentence_vipyloqwen.index import VectorIndex, fingerprint
-from sentence_vipyloqwen.index.files import measure
 from sentence_vipyloqwen.index.manifest import signed
 
 ITEMS = [{"id": "a", "text": "một"}, {"id": "b", "text": "hai"}]

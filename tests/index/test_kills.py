@@ -29,13 +29,20 @@ def contents(folder: Path, model) -> Contents | None:
 def assert_searches_as_brute_force(folder: Path, model) -> None:
     index = VectorIndex.load(folder, model)
     items = index.items
-    query = "mục 5 bản 1"
-    cosines = model.encode([{"text": item["text"]} for item in items], normalize_embeddings=True) @ model.encode(
-        [{"text": query}], normalize_embeddings=True
-    ).reshape(-1)
-    expected = sorted(zip((-cosines.astype(np.float64)).round(5), (item["id"] for item in items), strict=True))
-    hits = index.search(query, k=5)
-    assert [hit.id for hit in hits] == [id for _, id in expected[:5]]
+    ids = [item["id"] for item in items]
+    queries = ["mục 5 bản 1", "mục 0", "mục 17 bản 2", *(item["text"] for item in items[::7])]
+    vectors, asked = (
+        model.encode([{"text": text} for text in texts], normalize_embeddings=True).astype(np.float64)
+        for texts in ([item["text"] for item in items], queries)
+    )
+    for of_query, hits in zip(asked @ vectors.T, index.search(queries, k=len(items) + 1, exact=True), strict=True):
+        scores = dict(zip(ids, of_query, strict=True))
+        assert sorted(hit.id for hit in hits) == sorted(ids)
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        assert all(abs(hit.score - scores[hit.id]) < 1e-5 for hit in hits)
+    of_first = asked[0] @ vectors.T
+    expected = sorted(zip((-of_first).round(5), ids, strict=True))
+    assert [hit.id for hit in index.search(queries[0], k=5)] == [id for _, id in expected[:5]]
 
 
 @pytest.mark.parametrize("change", ["build", "rebuild", "add", "update", "remove", "compact"])

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import dataset
 
+from sentence_vipyloqwen.files import measure
 from sentence_vipyloqwen.index import EmbedOptions, VectorIndex
-from sentence_vipyloqwen.index.files import measure
 from sentence_vipyloqwen.index.maintenance import verify_index
 from sentence_vipyloqwen.index.manifest import CHECKSUM, read_manifest, signed
 

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from sentence_vipyloqwen import ViPyloQwen
-from sentence_vipyloqwen.index import EmbedOptions, VectorIndex, encode_share
+from sentence_vipyloqwen.index import EmbedOptions, VectorIndex, embedding, encode_share
+from sentence_vipyloqwen.index.maintenance import compact_index
 
 ITEMS = [{"id": f"{n:02}", "text": f"mục {n}"} for n in range(20)]
 
@@ -34,6 +36,40 @@ def test_a_share_may_be_empty_and_must_be_one_of_them(model, tmp_path):
             encode_share(model, ITEMS, tmp_path / "index", share, shares)
     with pytest.raises(ValueError, match="no items to index"):
         encode_share(model, [], tmp_path / "index", 1, 2)
+
+
+def test_a_folder_that_no_index_may_take_is_refused_at_the_start(model, tmp_path, monkeypatch):
+    """Not by the build, after hours of embedding."""
+    (tmp_path / "my.txt").write_text("mine")
+    monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("embedded"))
+    with pytest.raises(ValueError, match="exists and is no index: choose another folder"):
+        encode_share(model, ITEMS, tmp_path, 0, 2)
+
+
+def test_compacting_is_refused_until_shares_are_done(model, tmp_path, monkeypatch):
+    """They write shards that no manifest names yet."""
+    index = VectorIndex.build(model, ITEMS[:4], tmp_path / "index")
+    encode = model.encode
+
+    def meanwhile(*args, **kwargs):
+        with pytest.raises(ValueError, match=r"Shares of .* are being embedded \(.share-1.lock\)"):
+            compact_index(index.folder)
+        with pytest.raises(ValueError, match="Share 1 of .* is being embedded by another process"):
+            encode_share(model, ITEMS, index.folder, 1, 2)
+        return encode(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode", meanwhile)
+        assert encode_share(model, ITEMS, index.folder, 1, 2, EmbedOptions(shard_rows=4)) == 8
+    index.compact()
+    assert not list(index.folder.glob(".share-*"))
+
+
+def test_the_bar_of_a_share_ends_at_its_own_items(model, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(embedding, "tqdm", lambda *args, **kwargs: bars.append(tqdm(*args, **kwargs)) or bars[-1])
+    encode_share(model, ITEMS, tmp_path / "index", 2, 3, EmbedOptions(shard_rows=4, show_progress_bar=True))
+    assert [(bar.n, bar.total) for bar in bars if bar.desc.startswith("Embedding")] == [(4, 4)]
 
 
 def test_torchrun_gives_every_process_its_share(folder: Path, tmp_path: Path):

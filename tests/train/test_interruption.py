@@ -383,6 +383,7 @@ def test_a_full_disk_is_known_in_every_shape(error: Exception, full: bool, tmp_p
     ("error", "lost"),
     [
         (torch.distributed.DistBackendError("NCCL"), True),
+        (torch.distributed.DistError(), True),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4211"), True),
         (RuntimeError("shapes differ"), False),
     ],

@@ -21,6 +21,8 @@ Make = Callable[..., Recipe]
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB.\nAnd more."
 CPU = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_the_size_of_a_batch(model: ViPyloQwen, picture: Callable[..., Image.Image], lazy: bool) -> None:
@@ -31,7 +33,9 @@ def test_the_size_of_a_batch(model: ViPyloQwen, picture: Callable[..., Image.Ima
     assert BatchSize.of(columns) == BatchSize(3, 2, tokens, 3, 2 * 4 * 6 + 8 * 4)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA), RuntimeError(CPU), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(CUDA), RuntimeError(CPU), RuntimeError(CUBLAS), MemoryError()]
+)
 @pytest.mark.parametrize("settings", [{}, {"loss_mini_batch_size": 2, "gradient_checkpointing": True}])
 def test_a_run_out_of_memory_says_what_to_change(
     recipe: Make, monkeypatch: pytest.MonkeyPatch, error: Exception, settings: dict[str, Any]

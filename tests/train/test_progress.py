@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -126,3 +127,18 @@ def test_a_log_is_cut_to_the_step_that_a_run_goes_on_from(tmp_path: Path) -> Non
     assert [entry["step"] for entry in read_log(path)] == [2, 4, 6]
     trim_log(path, 4)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_a_disk_too_full_to_cut_a_log_leaves_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(whole := "".join(json.dumps({"step": step}) + "\n" for step in range(9)))
+
+    def fill(draft: Path, text: str, **kwargs: Any) -> None:
+        with draft.open("w") as file:
+            file.write(text[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(OSError, match="No space left"):
+        trim_log(path, 4)
+    assert path.read_text() == whole and list(tmp_path.iterdir()) == [path]

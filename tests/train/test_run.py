@@ -277,6 +277,7 @@ def test_the_loss_gets_every_setting(recipe: Callable[..., Recipe], model: ViPyl
         "negatives": "all",
         "pair_weight": "uniform",
         "triplet_scale": "temperature",
+        "hidden_prefixes": ["ocr"],
     }
     got = make_loss(recipe(**options, gather_negatives=True), model).get_config_dict()
     assert got.pop("gather_across_devices")
