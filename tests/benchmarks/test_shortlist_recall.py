@@ -15,8 +15,8 @@ def test_the_examples_of_docstrings() -> None:
 
 def test_shortlists_of_a_model_are_measured(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Few items, so that all of them are candidates: everything is found."""
-    items, records, output = (tmp_path / name for name in ("items.jsonl", "records.jsonl", "results.md"))
-    items.write_text("".join(json.dumps({"id": str(n), "text": f"hóa đơn {n}"}) + "\n" for n in range(30)))
+    items, records, output = (tmp_path / name for name in ("train.jsonl", "records.jsonl", "results.md"))
+    items.write_text("".join(json.dumps({"anchor": f"hóa đơn {n}", "positive": "hóa đơn"}) + "\n" for n in range(29)))
     records.write_text("".join(json.dumps({"anchor": f"số {n}", "positive": f"{n}"}) + "\n" for n in range(6)))
     arguments = [str(folder), str(items), str(records), "--queries", "4", "--threads", "1", "--output", str(output)]
     lines = shortlist_recall.run(shortlist_recall.parser().parse_args(arguments))
