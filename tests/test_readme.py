@@ -11,6 +11,7 @@ import ast
 import configparser
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -196,7 +197,19 @@ def test_the_demo_leaves_what_is_listed(name: str) -> None:
     text = read(name)
     for left in (demo.PAGE_FILE, demo.METRICS_FILE, "training/model/", "base/", "data/", "index/"):
         assert f"| `{left}` |" in text
-    assert text.count("<!-- figures:start -->") == text.count("<!-- figures:end -->") == 1
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_tables_are_those_of_the_results(name: str) -> None:
+    """`docs/write_figures.py` writes them; what it would write stands there."""
+    written = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))
+    assert written["with_figures"](read(name), written["READMES"][name]) == read(name)
+
+
+def test_a_readme_without_its_table_is_refused() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))
+    with pytest.raises(ValueError, match="'speed' stands 0 times"):
+        written["with_figures"]("no table", written["READMES"]["README.md"])
 
 
 def test_stock_differs_where_the_readme_says(folder: Path, picture: Callable[..., Image.Image], tmp_path: Path) -> None:
