@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from sentence_transformers import SentenceTransformerModelCardData
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.util import load_file_path
 from torch import nn
@@ -28,8 +28,8 @@ CARD_FILE = "README.md"
 CURVES_FILE = "assets/curves.svg"
 """Where a saved folder keeps the curves of its training."""
 
-TAGS = ("multimodal", "qwen2_vl", "vipyloqwen")
-"""Beside those of every dense Sentence Transformers model."""
+TAGS = ("multimodal", "vipyloqwen")
+"""Beside those of every dense Sentence Transformers model, and the architecture."""
 
 LANGUAGES = ("vi", "en", "zh")
 EXAMPLE: Mapping[str, Any] = {
@@ -126,6 +126,11 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
     notes: TrainingNotes | None = field(default=None, init=False, repr=False)
     loss_config: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
     curves: str = field(default="", init=False, repr=False)
+
+    def register_model(self, model: SentenceTransformer) -> None:
+        """See ``SentenceTransformerModelCardData``; adds the architecture, such as ``qwen2_vl``, to the tags."""
+        super().register_model(model)
+        self.add_tags(model.transformers_model.config.model_type)
 
     def set_losses(self, losses: list[nn.Module]) -> None:
         """See ``SentenceTransformerModelCardData``; remembers weights and margins, and keeps our citations."""

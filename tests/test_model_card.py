@@ -39,7 +39,7 @@ def test_the_metadata_is_what_the_hub_wants(model: ViPyloQwen, tmp_path: Path) -
     assert isinstance(data, ModelCardData)
     assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
     assert data.language == ["vi", "en", "zh"]
-    assert {"sentence-transformers", "multimodal", "vipyloqwen"} <= set(data.tags)
+    assert {"sentence-transformers", "multimodal", "qwen2_vl", "vipyloqwen"} <= set(data.tags)
     assert len(data.tags) == len(set(data.tags))
 
 

@@ -21,6 +21,7 @@ from sentence_vipyloqwen.demo.base_model import make_tiny_base
 from sentence_vipyloqwen.demo.data import DemoData, DemoSizes, build_demo_data
 from sentence_vipyloqwen.index import SearchResult, VectorIndex, write_report
 from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.model_card import CARD_FILE
 from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.tasks import split_prefix
 from sentence_vipyloqwen.train.evaluation import Evaluation, evaluate
@@ -29,6 +30,14 @@ from sentence_vipyloqwen.train.records import Record, read_records
 from sentence_vipyloqwen.train.run import TrainingResult, train
 
 RECIPE = "tiny.yaml"
+BASE_CARD = """---
+license: apache-2.0
+---
+
+A random Qwen2-VL checkpoint, made by the demo of sentence-vipyloqwen.
+"""
+"""The base's own card, from which the trained model's card has its licence."""
+
 VOCABULARY = 3000
 METRICS_FILE = "metrics.json"
 PAGE_FILE = "search.html"
@@ -170,7 +179,9 @@ def _make_data(output: Path, sizes: DemoSizes, seed: int, console: Console) -> D
 
 
 def _make_base(folder: Path, train_file: Path, seed: int) -> Path:
-    return make_tiny_base(folder, _texts(train_file), _images(train_file), vocab_size=VOCABULARY, seed=seed)
+    make_tiny_base(folder, _texts(train_file), _images(train_file), vocab_size=VOCABULARY, seed=seed)
+    (folder / CARD_FILE).write_text(BASE_CARD, encoding="utf-8")
+    return folder
 
 
 def _images(train_file: Path, every: int = 500) -> list[Image.Image]:

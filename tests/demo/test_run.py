@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from rich.console import Console
 
 from sentence_vipyloqwen.demo import run
@@ -35,7 +36,9 @@ def test_the_whole_job_on_a_small_scale(tmp_path: Path) -> None:
     index = VectorIndex.load(tmp_path / "index", ViPyloQwen(result.model_path, device="cpu"))
     kinds = {item["metadata"]["kind"] for item in index.items}
     assert {"picture", "line", "text", "answer"} <= kinds
-    assert "sentence-transformers" in (result.model_path / "README.md").read_text(encoding="utf-8")
+    card = ModelCard.load(result.model_path / "README.md")
+    assert (card.data.library_name, card.data.license) == ("sentence-transformers", "apache-2.0")
+    assert "### Curves" in card.text
 
 
 def test_vectors_that_disagree_stop_the_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
