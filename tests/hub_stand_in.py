@@ -99,6 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
                     {"type": "file", "path": name, "size": 0, "oid": name} for name in files if name.startswith(below)
                 ]
                 return self._send(listed) if listed else self._send({"error": "Entry not found"}, 404, _NO_ENTRY)
+            if len(parts) > 4 and parts[4] == "commits":
+                day = "2025-01-01T00:00:00.000Z"
+                return self._send([{"id": COMMIT, "authors": [], "date": day, "title": "All", "message": ""}])
             return self._send({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
         file = self.hub.folder("/".join(parts[:2])) / "/".join(parts[4:])
         if parts[2:3] != ["resolve"] or not file.is_file():

@@ -133,6 +133,7 @@ def test_a_folder_s_id_stands_in_every_snippet(model: ViPyloQwen, tmp_path: Path
 
 PUSH = """
 import sys
+import mteb
 from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformer
 from sentence_vipyloqwen import ViPyloQwen
@@ -145,6 +146,9 @@ vectors = [load("someone/a-model", device="cpu").encode("xin chào") for load in
 assert vectors[0].shape == (16,)
 assert abs(vectors[0] - model.encode("xin chào")).max() < 1e-5
 assert abs(vectors[1] - model.encode("xin chào")).max() < 1e-6
+meta = mteb.get_model("someone/a-model", device="cpu").mteb_model_meta
+assert set(meta.modalities) == {"image", "text"}
+assert set(meta.languages) == {"eng-Latn", "vie-Latn", "zho-Hans"}
 """
 
 
@@ -156,7 +160,7 @@ def hub(tmp_path: Path):
 
 
 def test_a_push_uploads_what_loads_from_the_hub(base: Path, hub: HubStandIn, tmp_path: Path) -> None:
-    """In a process of its own, as the Hub's client reads its endpoint once."""
+    """In a process of its own, as the Hub's client reads its endpoint once; mteb reads the same repository."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
