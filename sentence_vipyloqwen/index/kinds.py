@@ -35,7 +35,7 @@ EXACT_UP_TO = 200_000
 TRAIN_PER_LIST = 64
 """Training vectors for each list of an IVF: FAISS asks for 39 at least, and more bring little."""
 
-_RESCORED = {"PQ": 40, "LSH": 40, "MRL": 10, "SQ": 4}
+_RESCORED = {"PQ": 40, "LSH": 40, "MRL": 40, "SQ": 4}
 """Candidates compared exactly for each hit, by the coarsest coding in the factory string; 2 otherwise."""
 
 _HEAD = re.compile(r"MRL(\d+)(?:,(.+))?")
