@@ -84,7 +84,7 @@ def train(
     `train/accelerate/` in the package.
 
     **What the output holds**: `model/` (load it with `SentenceTransformer`), `training.html` (curves, to open in a
-    browser), `metrics.json`, `log.jsonl`, `recipe.yaml`, `checkpoints/`, and `tensorboard/` where that is installed.
+    browser), `metrics.json`, `log.jsonl`, `recipe.yaml`, `checkpoints/`, and `tensorboard/`.
 
     **Ends.** Ctrl-C or SIGTERM: the step under way ends, a checkpoint is written, exit code 130 or 143; a second
     Ctrl-C ends at once. A loss that is no number: the batch and the last good weights are in `stopped/`.

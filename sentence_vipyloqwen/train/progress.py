@@ -97,7 +97,8 @@ class TrainingProgress(TrainerCallback):
             entry = {"step": state.global_step, **{name: _finite(value) for name, value in logs.items()}}
             file.write(json.dumps(entry, allow_nan=False) + "\n")
         if "loss" in logs:
-            self._tell(f"step {state.global_step:>6}/{state.max_steps}  {describe_losses(logs)}", describe_rates(logs))
+            beside_bar = f"loss {float(logs['loss']):.3f}  {describe_rates(logs)}"
+            self._tell(f"step {state.global_step:>6}/{state.max_steps}  {describe_losses(logs)}", beside_bar)
         elif measured := describe_metrics(logs):
             self._tell(f"step {state.global_step:>6}/{state.max_steps}  {measured}")
 

@@ -143,7 +143,7 @@ class Recipe:
         keep_checkpoints: How many checkpoints are kept. The last one and, with ``best_metric``, the best one always
             are, so that 1 may leave two; while one is written, it is one more.
         logging_steps: Optimiser steps between lines of the log.
-        report_to: Trackers: ``auto`` is TensorBoard where it is installed; ``tensorboard``, ``wandb``, ``trackio`` and
+        report_to: Trackers: ``auto`` is TensorBoard; ``tensorboard``, ``wandb``, ``trackio`` and
             others of transformers' by name; ``none``.
         workers: Processes that prepare batches beside the main one.
         seed: Of sampling and of the dense head.

@@ -74,7 +74,7 @@ def run_ranks(
             process.kill()
             process.join()
     if failures := sorted(folder.glob("*.error")):
-        raise RanksFailed("\n".join(path.read_text() for path in failures))
+        raise RanksFailed("\n".join([f"exit codes {codes}", *(path.read_text() for path in failures)]))
     if any(codes):
         raise RanksFailed(f"exit codes {codes}")
     if not ended:

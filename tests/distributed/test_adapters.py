@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from sentence_vipyloqwen import ViPyloQwen
@@ -35,6 +36,29 @@ def settings(base: Path, tmp_path: Path, picture: Callable[..., Image.Image]) ->
     data.write_text("\n".join(map(json.dumps, records)))
     lora = {"tuning": "lora", "lora_r": 4, "lora_dropout": 0.0, "learning_rate": 1e-2}
     return lambda name, **more: {**settings_of(base, data, tmp_path / name), **lora, **more}
+
+
+def test_an_adapter_trained_under_full_shard_is_that_of_one_process(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """And what it leaves is portable: the adapter, and the model with it merged."""
+    import run_workers
+    from ranks import run_ranks
+
+    train(load_recipe(None, settings("alone", batch_size=4)), device="cpu")
+    (tmp_path / "ranks").mkdir()
+    run_ranks(tmp_path / "ranks", run_workers.sharded, settings("sharded"))
+    found, expected = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("sharded", "alone")
+    )
+    assert found.keys() == expected.keys()
+    assert all((found[name] - value).abs().max() < 1e-3 for name, value in expected.items())
+    inputs = ["<instr> a", {"image": str(tmp_path / "1.png"), "text": "<ocr> b"}]
+    merged = ViPyloQwen(tmp_path / "sharded" / "model", device="cpu").encode(inputs)
+    apart = ViPyloQwen(tmp_path / "sharded" / "adapter", device="cpu").encode(inputs)
+    stock = SentenceTransformer(str(tmp_path / "sharded" / "model"), device="cpu").encode(inputs)
+    np.testing.assert_allclose(apart, merged, atol=1e-5)
+    np.testing.assert_allclose(stock, merged, atol=1e-5)
 
 
 def test_two_ranks_train_the_adapter_of_one_process_and_go_on_to_the_bit(

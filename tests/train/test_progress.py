@@ -114,7 +114,7 @@ def test_rates_stand_beside_the_bar_or_at_the_end_of_the_line(tmp_path: Path, te
     lines = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())  # without colours
     assert "loss 1.500  ocr 1.500" in lines
     assert "evaluation: mean 0.250" in lines
-    assert ("rows/s" in told) is terminal
+    assert ("rows/s" in told and "loss 1.500" in told) is terminal
     if not terminal:
         assert "rows/s" in lines
 
