@@ -123,7 +123,8 @@ def report(lines: list[list[Any]], options: argparse.Namespace) -> None:
         common.machine(options),
     ]
     body = "\n\n".join([common.table(COLUMNS, lines), "\n".join(notes)])
-    common.report(f"Search among {options.rows:,} vectors", body, options.output)
+    some = "" if set(options.kind) == set(KINDS) else f": {' and '.join(options.kind)}"
+    common.report(f"Search among {options.rows:,} vectors{some}", body, options.output)
 
 
 def parser() -> argparse.ArgumentParser:
