@@ -249,13 +249,15 @@ def search_bare(index: faiss.Index, queries: np.ndarray) -> np.ndarray:
 def beside_peer(
     folder: Path, manifest: Manifest, name: str, queries: np.ndarray, exact: np.ndarray, rounds: int
 ) -> list[Any]:
-    """The graph of usearch over the same vectors, with the connectivity of our HNSW."""
+    """The graph of usearch over the same vectors, with the connectivity and the expansions of our HNSW."""
     from usearch.index import Index
 
     parts = [map_vectors(folder / shard.vectors, shard, manifest.dim) for shard in manifest.shards]
     start = time.perf_counter()
     with measure.PeakMemory() as memory:
-        index = Index(ndim=manifest.dim, metric="ip", dtype="f32", connectivity=32, expansion_search=64)
+        index = Index(
+            ndim=manifest.dim, metric="ip", dtype="f32", connectivity=32, expansion_add=40, expansion_search=64
+        )
         first = 0
         for part in parts:
             index.add(np.arange(first, first + part.ntotal), part.reconstruct_n(0, part.ntotal))

@@ -115,14 +115,17 @@ class VariantResult:
         """What its runs say to its question, in a sentence or two."""
         if not self.figures:
             return "Every run failed."
-        mean = self.figures[MEAN]
         if self.variant.against is None:
-            return f"A mean of {_plus_minus(mean)}, from which the others are counted."
-        if MEAN not in self.differences:
-            return f"A mean of {_plus_minus(mean)}; {self.variant.against} has no run to compare it with yet."
-        if self.differences[MEAN].threshold is None:
-            return f"The mean {_moves(self.differences[MEAN])}; one seed shows no spread, so this does not count."
+            return f"A mean of {_plus_minus(self.figures[MEAN])}, from which the others are counted."
+        what, figure = next(iter(self.figures.items()))  # the mean, or the one task it is for
+        if what not in self.differences:
+            return f"{_named(what)}: {_plus_minus(figure)}; {self.variant.against} has no run to compare it with yet."
+        found = self.differences[what]
+        if found.threshold is None:
+            return f"{_named(what)} {_moves(found)}; one seed shows no spread, so this does not count."
         counted = {name: _moves(found) for name, found in self.differences.items() if found.counts}
+        if self.variant.only:
+            return f"{_named(what)} {counted.get(what, 'does not differ beyond the spread')}."
         if not counted:
             return "No difference beyond the spread, in the mean or in any task."
         of_mean = (
@@ -149,7 +152,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
     """Mean, spread and differences of every variant that has a run, in the order of the table."""
     present = [name for name in VARIANTS if any(run["variant"] == name for run in runs)]
     of_variant = {name: [run for run in runs if run["variant"] == name] for name in present}
-    figures = {name: _spreads(of) for name, of in of_variant.items()}
+    figures = {name: _spreads(of, VARIANTS[name].only) for name, of in of_variant.items()}
     return [
         VariantResult(
             variant=VARIANTS[name],
@@ -193,17 +196,23 @@ def chance(seeds: int, draws: int = 200_000) -> float:
     return float((apart > sides.std(axis=2, ddof=1).sum(axis=0)).mean())
 
 
-def _spreads(runs: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+def _spreads(runs: Sequence[Mapping[str, Any]], only: str | None) -> dict[str, Spread]:
+    """The figures over the seeds; of a variant that is for one task, that task's only."""
     by_name: dict[str, dict[int, float]] = {}
     for run in runs:
         for name, value in figures_of(run["after"]).items() if run["after"] else ():
-            by_name.setdefault(name, {})[run["seed"]] = value
+            if only in (None, name):
+                by_name.setdefault(name, {})[run["seed"]] = value
     return {name: Spread(by_seed) for name, by_seed in by_name.items()}
 
 
 def _differences(own: Mapping[str, Spread], other: Mapping[str, Spread]) -> dict[str, Difference]:
     found = {name: Difference.of(own[name], other[name]) for name in own if name in other}
     return {name: difference for name, difference in found.items() if difference}
+
+
+def _named(figure: str) -> str:
+    return "The mean" if figure == MEAN else figure
 
 
 def _plus_minus(figure: Spread) -> str:

@@ -1,11 +1,14 @@
-"""Planning the runs of an ablation, and doing them one after the other.
+"""Planning the runs of an ablation, and doing them one after the other, in one process or in several.
 
 1. Each variant and seed is a run, with a folder of its own: ``runs/<variant>/seed-<seed>``. A variant that changes the
    evaluation alone has no training: it takes the model that another run has left.
-2. All variants have the same budget: the same rows. Where one changes the batch, ``max_steps`` changes with it.
+2. All variants have the same budget: the same rows. Where one changes the batch, ``max_steps`` changes with it; one for
+   a single task has that task's share of the steps.
 3. Runs are done seed by seed, so that every variant has been tried once before any is tried twice. A run that is done
    has a ``run.json`` and is not done again; one that was cut short goes on from its last checkpoint.
 4. After each run, ``results.json`` and the report are written anew, of all runs in the folder.
+5. A run under way is locked. Another process that is given the same ablation leaves it alone, does others, and waits at
+   the end for what it left; the lock of a process that dies is free again.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +30,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from sentence_vipyloqwen.ablation.report import write_report
 from sentence_vipyloqwen.ablation.results import RESULTS_FILE
@@ -35,6 +41,7 @@ from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.build import CHECKPOINTS, model_options
 from sentence_vipyloqwen.train.evaluation import evaluate
 from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
+from sentence_vipyloqwen.train.records import read_records
 from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
 
 RUNS_FOLDER, RUN_FILE = "runs", "run.json"
@@ -52,6 +59,10 @@ Tell = Callable[[str], None]
 
 class _NoModel(Exception):
     """The run that was to leave the model has failed."""
+
+
+class _UnderWay(Exception):
+    """Another process has the run, or the one that is to leave its model, under way."""
 
 
 _FAILURES: Mapping[type[Exception], str] = {
@@ -78,6 +89,10 @@ class Run:
     def name(self) -> str:
         """Variant and seed."""
         return f"{self.variant.name}, seed {self.recipe.seed}"
+
+    def leaves_model_of(self, other: Run) -> bool:
+        """Whether the other run takes the model that this one trains."""
+        return self.variant.name == other.variant.model_of and self.recipe.seed == other.recipe.seed
 
     def settings(self) -> dict[str, Any]:
         """Everything that its figures depend on, but for the data."""
@@ -117,7 +132,8 @@ def plan(
     if unknown := sorted(set(own) - set(trained) | {FULL} & set(own)):
         allowed = [name for name in trained if name != FULL]
         raise ValueError(f"Settings are given for the variants {unknown}; among those that train are {allowed}.")
-    recipes = {name: _recipe_of(variant, recipe, own.get(name, {})) for name, variant in trained.items()}
+    shares = _shares(recipe) if any(variant.only for variant in trained.values()) else {}
+    recipes = {name: _recipe_of(variant, recipe, own.get(name, {}), shares) for name, variant in trained.items()}
     for name, variant in trained.items():
         if variant.against and recipes[name] == recipes[variant.against]:
             raise ValueError(
@@ -127,12 +143,32 @@ def plan(
     return [_run(variant, recipes, seed) for seed in range(recipe.seed, recipe.seed + seeds) for variant in variants]
 
 
-def _recipe_of(variant: Variant, recipe: Recipe, own: Settings) -> Recipe:
-    settings = {**variant.settings(recipe), **own}
+def _shares(recipe: Recipe) -> dict[str, float]:
+    """Each task of the data, and its share of the rows that the reference sees."""
+    weights: Mapping[str, float] = Counter(record.task.name for path in recipe.train for record in read_records(path))
+    if recipe.mixes_tasks:
+        if set(recipe.mix) != set(weights):
+            raise ValueError(
+                f"What a task has of the budget is told by a mix of {sorted(weights)} or by their rows; the recipe has "
+                f"mix {dict(recipe.mix)}, mix_temperature {recipe.mix_temperature}, curriculum {recipe.curriculum}: "
+                "leave out the variants for a single task."
+            )
+        weights = recipe.mix
+    return {task: weight / sum(weights.values()) for task, weight in weights.items()}
+
+
+def _recipe_of(variant: Variant, recipe: Recipe, own: Settings, shares: Mapping[str, float]) -> Recipe:
+    settings, share = {**variant.settings(recipe), **own}, 1.0
+    if variant.only:
+        if variant.only not in shares:
+            raise ValueError(f"Variant {variant.name}: the data has {sorted(shares)} alone; leave it out.")
+        settings["mix"], share = {task: float(task == variant.only) for task in shares}, shares[variant.only]
     changed = _replaced(recipe, settings)
     if recipe.max_steps and "max_steps" not in own:
-        rows = recipe.max_steps * recipe.batch_size * recipe.accumulation
+        rows = share * recipe.max_steps * recipe.batch_size * recipe.accumulation
         changed = _replaced(changed, {"max_steps": max(1, round(rows / (changed.batch_size * changed.accumulation)))})
+    elif "epochs" not in own:
+        changed = _replaced(changed, {"epochs": share * changed.epochs})  # of a mix it is as long as all tasks together
     return changed
 
 
@@ -162,6 +198,8 @@ def ablate(
 ) -> Path:
     """Do all runs that are not done yet, and report on every run in the folder; see `plan` for the arguments.
 
+    Several processes may be given the same ablation: they share the runs, and each returns when all are done.
+
     Args:
         recipe: The reference.
         names: Variants; all by default.
@@ -178,20 +216,53 @@ def ablate(
         TrainingInterrupted: If a signal ended the run under way; the same call goes on from there.
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"An ablation runs in one process; got {processes}. Run it without accelerate or torchrun.")
+        raise ValueError(
+            f"A run of an ablation has one process; got {processes}. Start it without accelerate or torchrun, as often "
+            "as there are accelerators: each process does the runs that no other has under way."
+        )
     runs = plan(recipe, names, seeds=seeds, own=own)
     output, data = Path(recipe.output), _data(recipe)
-    for number, run in enumerate(runs, 1):
-        done = _read_done(run, data)
-        tell(f"{number}/{len(runs)}  {run.name}: {'done before' if done else run.variant.change}")
-        if not done:
-            _write(run.folder / RUN_FILE, _do(run, data, device))
-            shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
-            write_results(output)
-            write_report(output)
+    labels = {run.folder: f"{number}/{len(runs)}  {run.name}" for number, run in enumerate(runs, 1)}
+
+    def settle(run: Run, patience: float) -> None:
+        with _alone(run, patience):
+            done = _read_done(run, data)
+            tell(f"{labels[run.folder]}: {'done before' if done else run.variant.change}")
+            if not done:
+                _write(run.folder / RUN_FILE, _do(run, data, device))
+                shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+                write_results(output)
+                write_report(output)
+
+    left: list[Run] = []
+    for run in runs:
+        try:
+            if any(other.leaves_model_of(run) for other in left):
+                raise _UnderWay
+            settle(run, patience=0)
+        except _UnderWay:
+            tell(f"{labels[run.folder]}: under way in another process, or waits for what is")
+            left.append(run)
+    for run in left:
+        settle(run, patience=-1)  # for as long as it takes
     write_results(output)
     write_report(output)
     return output / RESULTS_FILE
+
+
+@contextmanager
+def _alone(run: Run, patience: float) -> Iterator[None]:
+    """Keep other processes off a run; wait so many seconds until they leave it, endlessly if negative."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{run.folder}.lock")
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise _UnderWay from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _do(run: Run, data: Settings, device: str | None) -> dict[str, Any]:

@@ -55,6 +55,9 @@ def ablate(
     goes on from the last checkpoint (`save_steps`) of the run under way, and does no finished run again. More variants
     or more seeds in the same folder add to it.
 
+    **Several at once.** Start the same command again, on another accelerator (`CUDA_VISIBLE_DEVICES=1`), another core
+    (`OMP_NUM_THREADS=1`) or another machine that has the folder: each does the runs that no other has under way.
+
     **What the output holds.** `ablation.html`: questions, answers, figures with their spread over the seeds, every run;
     it is written anew after each. `differences` and `values` as PNG and SVG. `results.json`: every figure and setting.
     `runs/VARIANT/seed-N/`: what `vipyloqwen train` leaves.

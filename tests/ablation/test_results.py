@@ -91,7 +91,21 @@ def test_one_seed_and_equal_runs_are_said_plainly(run_of: RunOf) -> None:
     full, equal = summarise([run_of(name, seed, 0.5) for name in ("full", "one_mix") for seed in (0, 1)])
     assert equal.answer() == "No difference beyond the spread, in the mean or in any task."
     (alone,) = summarise([run_of("one_mix", 0, 0.7)])
-    assert alone.answer() == "A mean of 0.700; full has no run to compare it with yet."
+    assert alone.answer() == "The mean: 0.700; full has no run to compare it with yet."
+
+
+def test_a_model_for_one_task_is_compared_in_that_task_alone(run_of: RunOf) -> None:
+    runs = [
+        *(run_of("full", seed, 0.5, ocr=0.6, instr=0.5 + seed / 10) for seed in (0, 1)),
+        *(run_of("only_ocr", seed, 0.1, ocr=0.8, instr=0.0) for seed in (0, 1)),
+        *(run_of("only_instr", seed, 0.1, ocr=0.0, instr=0.6) for seed in (0, 1)),
+    ]
+    _, instr, ocr = summarise(runs)
+    assert (set(ocr.figures), set(ocr.differences)) == ({"ocr"}, {"ocr"})
+    assert ocr.answer() == "ocr is better by 0.200 (0.600 ± 0.000 to 0.800 ± 0.000)."
+    assert instr.answer() == "instr does not differ beyond the spread."
+    (alone,) = summarise([run_of("only_ocr", 0, 0.1, ocr=0.8)])
+    assert alone.answer() == "ocr: 0.800; full has no run to compare it with yet."
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.ablation import runs as module
@@ -110,12 +111,38 @@ def test_every_variant_has_the_same_rows(make_recipe: MakeRecipe, tmp_path: Path
     recipes = {run.variant.name: run.recipe for run in plan(recipe, seeds=1)}
     rows = {name: made.max_steps * made.batch_size * made.accumulation for name, made in recipes.items()}
     assert rows["full"] == 1700 * 64
-    assert all(abs(of / rows["full"] - 1) < 0.01 for of in rows.values())
+    single = {name for name in rows if name.startswith("only_")}
+    assert all(abs(rows[name] / rows["full"] - 1) < 0.01 for name in rows.keys() - single)
     assert recipes["in_batch"].max_steps == recipes["grad_cache"].max_steps == 142
     own = {"grad_cache": {"batch_size": 256, "max_steps": 9}, "in_batch": {"accumulation": 4}}
     recipes = {run.variant.name: run.recipe for run in plan(recipe, seeds=1, own=own)}
     assert (recipes["grad_cache"].batch_size, recipes["grad_cache"].max_steps) == (256, 9)
     assert (recipes["in_batch"].batch_size, recipes["in_batch"].max_steps) == (24, 1133)
+
+
+def test_a_model_for_one_task_has_that_task_s_share_of_the_steps(
+    make_recipe: MakeRecipe, records: Path, tmp_path: Path
+) -> None:
+    mine = [line for line in records.read_text().splitlines() if json.loads(line).get("task") in ("instr", "text_pair")]
+    more = [json.dumps({"task": "instr", "anchor": f"Số {i}", "positive": f"number {i}"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join([*mine, *more]))  # 12 instructions, 4 pairs
+    given = {"train": str(tmp_path / "train.jsonl"), "max_steps": 100}
+    names = ["only_instr", "only_text_pair"]
+    recipes = {run.variant.name: run.recipe for run in plan(make_recipe(tmp_path, **given), names, seeds=1)}
+    assert (recipes["only_instr"].max_steps, recipes["only_text_pair"].max_steps) == (75, 25)
+    assert recipes["only_instr"].mix == {"instr": 1.0, "text_pair": 0.0}
+    mixed = make_recipe(tmp_path, **given, mix={"instr": 1.0, "text_pair": 4.0})
+    recipes = {run.variant.name: run.recipe for run in plan(mixed, names, seeds=1)}
+    assert (recipes["only_instr"].max_steps, recipes["only_text_pair"].max_steps) == (20, 80)
+    passes = make_recipe(tmp_path, **{**given, "max_steps": 0, "epochs": 2.0})
+    recipes = {run.variant.name: run.recipe for run in plan(passes, names, seeds=1)}
+    assert (recipes["full"].epochs, recipes["only_instr"].epochs) == (2.0, 1.5)
+    with pytest.raises(ValueError, match=r"Variant only_ocr: the data has \['instr', 'text_pair'\] alone"):
+        plan(make_recipe(tmp_path, **given), ["only_ocr"], seeds=1)
+    with pytest.raises(
+        ValueError, match=r"the recipe has mix \{'text': 1.0\}.*leave out the variants for a single task"
+    ):
+        plan(make_recipe(tmp_path, **given, mix={"text": 1.0}), ["only_instr"], seeds=1)
 
 
 def test_every_variant_is_tried_before_any_is_tried_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -187,6 +214,56 @@ def test_a_kill_between_runs_or_within_one_loses_no_finished_run(
     assert len(trained) == 5
 
 
+def test_processes_share_the_runs(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process has under way is left for later, with what takes its model, and waited for at the end."""
+    recipe, trained, told = make_recipe(tmp_path), [], []
+
+    def counted(recipe: Recipe, device: str | None) -> Any:
+        trained.append((Path(recipe.output).parent.name, recipe.seed))
+        return train(recipe, device=device)
+
+    monkeypatch.setattr(module, "train", counted)
+    runs = {(run.variant.name, run.recipe.seed): run for run in plan(recipe, ["prefix_forgotten", "one_mix"], seeds=2)}
+    theirs = {
+        name: FileLock(f"{run.folder}.lock") for name, run in runs.items() if name in [("full", 5), ("one_mix", 6)]
+    }
+    (tmp_path / "runs" / "full").mkdir(parents=True)
+    (tmp_path / "runs" / "one_mix").mkdir()
+    for lock in theirs.values():
+        lock.acquire()
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if len(told) == len(runs):  # the other process ends one run, and dies in the other
+            ended = {
+                "variant": "one_mix",
+                "seed": 6,
+                "settings": runs["one_mix", 6].settings(),
+                "data": module._data(recipe),
+            }
+            run_file = runs["one_mix", 6].folder / "run.json"
+            run_file.parent.mkdir()
+            run_file.write_text(json.dumps({**results_of(tmp_path)[0], **ended}), encoding="utf-8")
+            for lock in theirs.values():
+                lock.release()
+
+    ablate(recipe, ["prefix_forgotten", "one_mix"], seeds=2, device="cpu", tell=tell)
+    assert trained == [("one_mix", 5), ("full", 6), ("full", 5)]
+    waits = "under way in another process, or waits for what is"
+    assert told == [
+        f"1/6  full, seed 5: {waits}",
+        f"2/6  one_mix, seed 5: {VARIANTS['one_mix'].change}",
+        f"3/6  prefix_forgotten, seed 5: {waits}",
+        f"4/6  full, seed 6: {VARIANTS['full'].change}",
+        f"5/6  one_mix, seed 6: {waits}",
+        f"6/6  prefix_forgotten, seed 6: {VARIANTS['prefix_forgotten'].change}",
+        f"1/6  full, seed 5: {VARIANTS['full'].change}",
+        f"3/6  prefix_forgotten, seed 5: {VARIANTS['prefix_forgotten'].change}",
+        "5/6  one_mix, seed 6: done before",
+    ]
+    assert {(run["variant"], run["seed"]) for run in results_of(tmp_path)} == set(runs)
+
+
 def test_a_run_that_diverges_is_kept_as_one_that_failed(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,5 +284,5 @@ def test_several_processes_are_refused(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process; got 2"):
+    with pytest.raises(ValueError, match="has one process; got 2"):
         ablate(make_recipe(tmp_path))
