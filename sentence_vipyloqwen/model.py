@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.autonotebook import tqdm
 
 from sentence_vipyloqwen.model_card import EXAMPLE, ViPyloQwenModelCardData
-from sentence_vipyloqwen.modules import DenseHead, MeanPooling, Qwen2VLTransformer
+from sentence_vipyloqwen.modules import AttentionPooling, DenseHead, MeanPooling, Qwen2VLTransformer
 from sentence_vipyloqwen.modules.batching import Load, batch_budget
 from sentence_vipyloqwen.modules.encoding import embed
 from sentence_vipyloqwen.modules.inputs import ParsedInput
@@ -39,6 +39,8 @@ _STOCK_BY_OURS: Mapping[str, type[nn.Module]] = {
     fullname(MeanPooling): Pooling,
     fullname(DenseHead): Dense,
 }
+_OWN: Mapping[str, type[nn.Module]] = {fullname(AttentionPooling): AttentionPooling}
+"""What has no stock counterpart, by the name that it is saved under."""
 
 
 class ViPyloQwen(QuantizableMixin, SentenceTransformer):
@@ -46,7 +48,8 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
 
     Everything a ``SentenceTransformer`` does, it does: ``encode``, ``similarity``, ``save_pretrained``,
     ``push_to_hub``, training with ``SentenceTransformerTrainer``. What it saves, plain
-    ``SentenceTransformer("path")`` loads, without this package and without ``trust_remote_code``.
+    ``SentenceTransformer("path")`` loads, without this package and without ``trust_remote_code``. Only a model with
+    :class:`~sentence_vipyloqwen.modules.AttentionPooling`, which Sentence Transformers does not have, needs both there.
 
     ``encode`` computes equal inputs once, and an image that several inputs begin with once for each batch. It forms
     batches within three bounds and takes two of them as further arguments: ``batch_size`` inputs, ``token_budget``
@@ -164,13 +167,13 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         return self[0].preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Run all modules over the features of a batch; what is packed stays so up to :class:`MeanPooling`.
+        """Run all modules over the features of a batch; what is packed stays so up to the pooling.
 
         Args:
             input: The features.
             **kwargs: For the modules. With ``padded_output=True`` the result has ``token_embeddings`` (B, L, hidden).
         """
-        takes_packed = len(self) > 1 and isinstance(self[1], MeanPooling)
+        takes_packed = len(self) > 1 and isinstance(self[1], (MeanPooling, AttentionPooling))
         return super().forward(input, **{"padded_output": not takes_packed, **kwargs})
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
@@ -207,6 +210,9 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         safe_serialization: bool = True,
     ) -> None:
         """Save a portable folder: ``modules.json`` names Sentence Transformers' own classes only.
+
+        :class:`~sentence_vipyloqwen.modules.AttentionPooling` alone is saved under its own name; see there what
+        that asks of who loads it.
 
         Raises:
             ValueError: If pickled weights are asked for.
@@ -279,6 +285,8 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
     # Which class a type of modules.json becomes. `_module_classes` would be the other way, but the trainer replaces it
     # when it reloads a checkpoint or the best model.
     def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> type[nn.Module]:
+        if class_ref in _OWN:  # this package's, not code of the folder
+            return _OWN[class_ref]
         package, _, name = class_ref.rpartition(".")
         if package.split(".")[0] == "sentence_transformers" and name in _OURS_BY_STOCK_NAME:
             return _OURS_BY_STOCK_NAME[name]

@@ -21,6 +21,7 @@ from sentence_transformers.util import load_file_path
 from torch import nn
 
 from sentence_vipyloqwen.losses import PrefixRoutedLoss
+from sentence_vipyloqwen.modules import AttentionPooling
 from sentence_vipyloqwen.pages import load_markdown
 from sentence_vipyloqwen.tasks import ALL_TASKS, Task
 
@@ -170,8 +171,16 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
 
     def generate_usage_snippet(self) -> str:
         """The stock usage, then the sections that are particular to these models."""
+        name = self.model_id or "sentence_transformers_model_id"
+        stock = super().generate_usage_snippet()
+        portable = not any(isinstance(module, AttentionPooling) for module in self.model)
+        if not portable:
+            stock = stock.replace(
+                f'SentenceTransformer("{name}")', f'SentenceTransformer("{name}", trust_remote_code=True)'
+            )
         sections = load_markdown("sentence_vipyloqwen", "model_card.md.jinja").render(
-            model_id=self.model_id or "sentence_transformers_model_id",
+            model_id=name,
+            portable=portable,
             dimensions=self.model.get_embedding_dimension(),
             tasks=[_task_row(task, self.loss_config) for task in ALL_TASKS.values()],
             max_length=self.model.max_seq_length,
@@ -182,7 +191,7 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
             license=self.license,
             base_model=self.base_model,
         )
-        return f"{super().generate_usage_snippet()}\n\n{sections}\n"
+        return f"{stock}\n\n{sections}\n"
 
     def write_assets(self, folder: Path) -> None:
         """Write the pictures that the card of a saved folder shows."""

@@ -2,9 +2,9 @@
 
 A variant is compared with the one that differs from it in that thing alone, most with ``full``.
 
-Attention pooling is not in the table: Sentence Transformers has no such module, and loads no class but its own without
-``trust_remote_code``, so that a model with one would not be portable. ``weighted_mean_pooling`` is what its ``Pooling``
-has between the mean and the last token.
+The model of ``attention_pooling`` is not portable: Sentence Transformers has no such module, and loads no class but its
+own without ``trust_remote_code``. ``weighted_mean_pooling`` is what its ``Pooling`` has between the mean and the last
+token.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from sentence_vipyloqwen.losses.prefix_routed import TERMS
 from sentence_vipyloqwen.model import EMBEDDING_DIM
+from sentence_vipyloqwen.modules.attention_pooling import ATTENTION
 from sentence_vipyloqwen.tasks import ALL_TASKS, INFO_NCE, TASKS
 from sentence_vipyloqwen.train.recipe import Recipe
 
@@ -42,6 +43,8 @@ class Variant:
         model_of: The variant whose trained model is evaluated in another way; ``None`` where it trains its own.
         hidden_prefixes: Of such an evaluation, the tasks whose prefix is left out.
         cut: Of such an evaluation, what part of its numbers an embedding is cut to, one in so many.
+        only: The one task it trains on, with as many rows of it as the reference sees; its figures are of that task
+            alone. ``None`` for all tasks.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Variant:
     model_of: str | None = None
     hidden_prefixes: tuple[str, ...] = ()
     cut: int = 1
+    only: str | None = None
 
 
 def _with(**settings: Any) -> Callable[[Recipe], Mapping[str, Any]]:
@@ -76,6 +80,15 @@ def _without_prefix_of(task: str) -> Variant:
         change=f"<{task}> is seen by the loss alone, in training and evaluation",
         question=f"Does the model need the prefix of {task}, if every other task keeps its own?",
         settings=_with(hidden_prefixes=[task]),
+    )
+
+
+def _only(task: str) -> Variant:
+    return Variant(
+        name=f"only_{task}",
+        change=f"a model for {task} alone, of as many rows of it as in full",
+        question=f"Would {task} be better off with a model of its own?",
+        only=task,
     )
 
 
@@ -137,11 +150,19 @@ _VARIANTS = (
         settings=_with(pooling="lasttoken"),
     ),
     Variant(
+        name="attention_pooling",
+        change="a learned query weighs the tokens",
+        question="Is a plain mean enough, or should the model learn which tokens count?",
+        settings=_with(pooling=ATTENTION),
+    ),
+    Variant(
         name="weighted_mean_pooling",
         change="later tokens weigh more in the mean",
         question="Is a plain mean enough where a token sees only what stands before it?",
         settings=_with(pooling="weightedmean"),
     ),
+    # One model for all tasks.
+    *(_only(task) for task in TASKS),
     # Negatives.
     Variant(
         name="mixed_batches",

@@ -363,8 +363,8 @@ class Qwen2VLTransformer(InputModule):
 
         Args:
             features: What :meth:`preprocess` or Sentence Transformers' own module made of a batch.
-            padded_output: Whether the output is padded, as whatever may follow expects it; :class:`MeanPooling` does
-                without.
+            padded_output: Whether the output is padded, as whatever may follow expects it; this package's poolings
+                do without.
             **kwargs: Accepted for Sentence Transformers' sake, without effect.
 
         Returns:

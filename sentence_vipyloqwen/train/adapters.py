@@ -1,7 +1,7 @@
 """LoRA and QLoRA: a base that stays as it is, and a small adapter that is trained, saved, resumed and merged.
 
-The adapter holds low-rank updates of the language model's projections and the five task tokens; the dense head is
-trained beside it. Everything else, the vision tower included, is frozen.
+The adapter holds low-rank updates of the language model's projections and the five task tokens; the dense head, and the
+query of attention pooling, are trained beside it. Everything else, the vision tower included, is frozen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from sentence_vipyloqwen.extras import require
 from sentence_vipyloqwen.model import ViPyloQwen
-from sentence_vipyloqwen.modules import DenseHead
+from sentence_vipyloqwen.modules import AttentionPooling, DenseHead
 from sentence_vipyloqwen.modules.sharding import is_sharded
 from sentence_vipyloqwen.modules.whole_weights import whole_weights
 from sentence_vipyloqwen.train.trainer import ViPyloQwenTrainer
@@ -29,6 +29,8 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
+_TRAINED_BESIDE = (AttentionPooling, DenseHead)
+"""Modules with weights of their own, which an adapter's folder holds whole."""
 
 
 def save_base(model: ViPyloQwen, folder: Path) -> None:
@@ -108,7 +110,7 @@ def four_bits(device: torch.device) -> dict[str, Any]:
 
 
 def load_adapter_state(model: ViPyloQwen, folder: Path) -> None:
-    """Give a model with an adapter the adapter and the head of a saved one of the same shape; the base is not read.
+    """Give a model with an adapter the adapter and head of a saved one of the same shape; the base is not read.
 
     Raises:
         ValueError: If the folder's adapter has other parameters.
@@ -119,7 +121,7 @@ def load_adapter_state(model: ViPyloQwen, folder: Path) -> None:
     if set(saved) != own:
         raise ValueError(f"{folder}: its adapter differs from the model's in {sorted(set(saved) ^ own)[:4]}.")
     peft.set_peft_model_state_dict(model[0].model, saved)
-    _load_head(model, folder)
+    _load_beside(model, folder)
 
 
 def merge_adapter(adapter: Path, output: Path, model_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -135,15 +137,16 @@ def merge_adapter(adapter: Path, output: Path, model_kwargs: Mapping[str, Any] |
     model = ViPyloQwen(base, device="cpu", model_kwargs=dict(model_kwargs or {}))
     with whole_weights():
         model[0].model = peft.PeftModel.from_pretrained(model[0].model, str(adapter)).merge_and_unload()
-    _load_head(model, adapter)
+    _load_beside(model, adapter)
     model.save_pretrained(str(output))
 
 
-def _load_head(model: ViPyloQwen, folder: Path) -> None:
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    position = next(index for index, module in enumerate(model) if isinstance(module, DenseHead))
-    head = DenseHead.load(str(folder), subfolder=modules[position]["path"])
-    model[position].load_state_dict(head.state_dict())
+def _load_beside(model: ViPyloQwen, folder: Path) -> None:
+    """Load the dense head, and the query of attention pooling."""
+    saved = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for module, entry in zip(model, saved, strict=True):
+        if isinstance(module, _TRAINED_BESIDE):
+            module.load_state_dict(type(module).load(str(folder), subfolder=entry["path"]).state_dict())
 
 
 class AdapterTrainer(ViPyloQwenTrainer):

@@ -15,7 +15,8 @@ from transformers.integrations import get_available_reporting_integrations, get_
 
 from sentence_vipyloqwen.losses import CachedPrefixRoutedLoss, PrefixRoutedLoss
 from sentence_vipyloqwen.model import ViPyloQwen, is_finished_model
-from sentence_vipyloqwen.modules.mean_pooling import MeanPooling
+from sentence_vipyloqwen.modules import AttentionPooling, MeanPooling
+from sentence_vipyloqwen.modules.attention_pooling import ATTENTION
 from sentence_vipyloqwen.modules.vision_cache import VisionCache
 from sentence_vipyloqwen.train.adapters import AdapterTrainer, add_lora, four_bits, save_base
 from sentence_vipyloqwen.train.evaluation import Evaluation
@@ -83,8 +84,12 @@ def _whole_model(recipe: Recipe, device: str | None) -> ViPyloQwen:
     options = {**_given_sizes(recipe), **model_options(recipe)}
     model = ViPyloQwen.create(recipe.base, **options, seed=recipe.seed, device=device)
     if recipe.pooling:
-        model[1] = MeanPooling(model[1].embedding_dimension, recipe.pooling)
+        model[1] = _make_pooling(recipe.pooling, model[1].embedding_dimension).to(model.device, model.dtype)
     return model
+
+
+def _make_pooling(name: str, width: int) -> nn.Module:
+    return AttentionPooling(width) if name == ATTENTION else MeanPooling(width, name)
 
 
 def _saved_base(recipe: Recipe, folder: Path) -> str:

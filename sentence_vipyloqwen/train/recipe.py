@@ -22,6 +22,7 @@ from sentence_vipyloqwen.losses.prefix_routed import (
     merge_margins,
     merge_weights,
 )
+from sentence_vipyloqwen.modules.attention_pooling import ATTENTION
 from sentence_vipyloqwen.modules.qwen2_vl import MAX_PIXELS, MIN_PIXELS
 from sentence_vipyloqwen.tasks import ALL_TASKS
 from sentence_vipyloqwen.train.adapters import LORA_TARGETS
@@ -39,7 +40,7 @@ DTYPE = "float32"
 DTYPES = (DTYPE, "bfloat16", "float16")
 _CHOICES = {
     "dtype": (None, *DTYPES),
-    "pooling": (None, MEAN, "lasttoken", "weightedmean", "max"),
+    "pooling": (None, MEAN, "lasttoken", "weightedmean", "max", ATTENTION),
     "negatives": get_args(Negatives),
     "pair_weight": get_args(PairWeight),
     "triplet_scale": get_args(TripletScale),
@@ -74,7 +75,9 @@ class Recipe:
             image is opened and computed once for all epochs and runs; none by default (extra ``vision-cache``).
         embedding_dim: Dimensions of an embedding.
         pooling: How tokens become one vector, by the name of Sentence Transformers' ``Pooling``: ``mean``,
-            ``lasttoken``, ``weightedmean`` (later tokens weigh more) or ``max``.
+            ``lasttoken``, ``weightedmean`` (later tokens weigh more) or ``max``. Or ``attention``: a learned query
+            weighs the tokens, from the plain mean on. A folder with that is not portable: plain Sentence Transformers
+            loads it only with this package installed and ``trust_remote_code=True``.
         max_seq_length: Most tokens of an input.
         min_pixels: Fewest pixels of an image after resizing.
         max_pixels: Most pixels of an image after resizing.

@@ -67,6 +67,27 @@ def test_what_an_adapter_trains(recipe: Make, data: Path) -> None:
     assert all(torch.equal(base[name], now[name]) for name in frozen)
 
 
+def test_the_query_of_attention_pooling_is_trained_and_saved_beside_an_adapter(
+    recipe: Make, data: Path, inputs: list[Any]
+) -> None:
+    """As the dense head is: in the merged folder, in the adapter's, and on resuming from a checkpoint."""
+    settings = {**LORA, "pooling": "attention", "save_steps": 2}
+    result = train(recipe(**settings), device="cpu")
+    query, expected = result.model[1].query, result.model.encode(inputs)
+    assert query.any()
+    merged, adapter = ViPyloQwen(result.model_path, device="cpu"), ViPyloQwen(data / "run" / "adapter", device="cpu")
+    assert torch.equal(merged[1].query, query) and torch.equal(adapter[1].query, query)
+    np.testing.assert_allclose(merged.encode(inputs), expected, atol=1e-5)
+    stock = SentenceTransformer(str(result.model_path), device="cpu", trust_remote_code=True)
+    assert (stock.encode(inputs) * expected).sum(1).min() > 0.9999
+
+    base = ViPyloQwen(data / "run" / "base", device="cpu")
+    assert not base[1].query.any()
+    adapters.add_lora(base, r=4, alpha=8, dropout=0.0)
+    load_adapter_state(base, data / "run" / "checkpoints" / "checkpoint-2")
+    assert base[1].query.any() and not torch.equal(base[1].query, query)
+
+
 def test_a_folder_of_the_adapter_alone_needs_its_base(recipe: Make, data: Path, inputs: list[Any]) -> None:
     result = train(recipe(**LORA, merge=False), device="cpu")
     assert (result.model_path / "adapter_model.safetensors").exists()

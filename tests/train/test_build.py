@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch.nn import functional as F
@@ -72,6 +74,42 @@ def test_a_new_model_pools_as_asked_and_a_finished_one_as_it_did(
     other = recipe(base=str(folder), embedding_dim=None, max_seq_length=None, pooling="lasttoken")
     with pytest.raises(ValueError, match="Setting pooling is lasttoken; the finished model .* has mean and keeps it"):
         make_model(other, make_arguments(other, data, "cpu"), data, "cpu")
+
+
+def test_attention_pooling_begins_as_the_mean_and_is_trained(recipe: Make, data: Path) -> None:
+    inputs = ["a", "<ocr> một hai ba", "<instr> bốn năm"]
+    made = recipe(pooling="attention", max_steps=2)
+    mean, attention = (make_model(of, make_arguments(of, data, "cpu"), data, "cpu") for of in (recipe(), made))
+    np.testing.assert_allclose(attention.encode(inputs), mean.encode(inputs), atol=1e-6)
+    result = train(made, device="cpu")
+    query = result.model[1].query
+    assert query.any() and query.isfinite().all()
+    loaded = ViPyloQwen(result.model_path, device="cpu")
+    assert torch.equal(loaded[1].query, query)
+    np.testing.assert_allclose(loaded.encode(inputs), result.model.encode(inputs), atol=1e-6)
+    goes_on = recipe(base=str(result.model_path), pooling="attention", output=str(data / "more"), max_steps=2)
+    assert not torch.equal(train(goes_on, device="cpu").model[1].query, query)
+    other = recipe(base=str(result.model_path), pooling="mean")
+    with pytest.raises(ValueError, match="Setting pooling is mean; the finished model .* has attention and keeps it"):
+        make_model(other, make_arguments(other, data, "cpu"), data, "cpu")
+
+
+def test_attention_pooling_has_the_dtype_of_its_model(recipe: Make, data: Path) -> None:
+    made = recipe(pooling="attention", dtype="bfloat16")
+    model = make_model(made, make_arguments(made, data, "cpu"), data, "cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_with_attention_pooling_goes_on_to_the_bit(recipe: Make, data: Path) -> None:
+    settings = {"pooling": "attention", "save_steps": 2}
+    whole = train(recipe(**settings, output=str(data / "whole")), device="cpu").model.state_dict()
+    train(recipe(**settings), device="cpu")
+    last = data / "run" / "checkpoints" / "checkpoint-6"
+    shutil.rmtree(last)
+    shutil.rmtree(data / "run" / "model")
+    resumed = train(recipe(**settings), device="cpu").model.state_dict()
+    assert last.is_dir()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_round_robin_deals_the_batches_of_groups(recipe: Make, data: Path) -> None:
