@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -127,6 +128,18 @@ def test_a_folder_is_indexed_and_what_is_left_out_is_listed(
     (item,) = VectorIndex.load(tmp_path / "index", ViPyloQwen(folder, device="cpu")).items
     assert item["id"] == "a.pdf#page=1"
     assert Image.open(item["image"][0]).size == (120, 60)
+
+
+def test_how_far_a_search_looks_is_told_to_the_index(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    VectorIndex.build(ViPyloQwen(folder, device="cpu"), [{"text": "hóa đơn"}], tmp_path / "index")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(VectorIndex, "search", lambda self, query, **options: asked.append(options) or [])
+    query = ["search", folder, tmp_path / "index", "--text", "hóa đơn", "--device", "cpu"]
+    for options in ([], ["--effort", 300], ["--exact"]):
+        assert run(monkeypatch, *query, *options) == 0
+    assert [(of["exact"], of["effort"]) for of in asked] == [(False, None), (False, 300), (True, None)]
 
 
 def test_an_index_is_built_looked_at_and_searched(

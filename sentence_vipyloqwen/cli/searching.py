@@ -22,10 +22,19 @@ def search(
         str | None,
         typer.Option(help="Only items whose metadata satisfy this, as in SQL: \"lang = 'vi' AND page < 3\"."),
     ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare every vector, whatever the kind of index.")] = False,
+    effort: Annotated[
+        int | None,
+        typer.Option(min=1, help="How far an approximate index looks: lists of an IVF, nodes of an HNSW."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the results as a page with thumbnails.")] = None,
     device: Device = None,
 ) -> None:
-    """Search an index by a text, by images, or by both together."""
+    """Search an index by a text, by images, or by both together.
+
+    Scores are cosines of the whole vectors, whatever the kind of index; only what an approximate one overlooks is
+    missing. `--exact` shows what that is, a higher `--effort` overlooks less and takes longer.
+    """
     from rich.table import Table
 
     from sentence_vipyloqwen.index import SearchResult, VectorIndex, write_report
@@ -33,7 +42,8 @@ def search(
     query = {key: value for key, value in (("text", text), ("image", list(map(str, image or [])))) if value}
     if not query:
         raise ValueError("A query needs --text, --image, or both.")
-    hits = VectorIndex.load(index, load(model, device)).search(query, k=k, prompt_name=prompt_name, where=where)
+    opened = VectorIndex.load(index, load(model, device))
+    hits = opened.search(query, k=k, prompt_name=prompt_name, where=where, exact=exact, effort=effort)
     table = Table("rank", "score", "id", "text", "image")
     for hit in hits:
         images = ", ".join(Path(path).name for path in hit.item.get("image", []))
