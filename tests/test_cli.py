@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def test_an_error_is_a_line_and_an_exit_code(
     for arguments, message in (
         (["evaluate", base, "x.jsonl"], "has no modules.json"),
         (["search", "m", "i"], "A query needs --text, --image, or both."),
+        (["search", "i"], "A query needs --text, --image, or both."),
+        (["search", tmp_path / "no", "--text", "a"], f"There is no index at {tmp_path / 'no'}"),
         (["train", "--set", "epochs"], "--set 'epochs': write it as KEY=VALUE"),
         (["train", "--set", "margins={ocr"], "--set 'margins={ocr': the value is not YAML"),
         (["evaluate", base, "x.jsonl", "--device", "bogus"], "--device 'bogus': allowed are cpu, cuda"),
@@ -76,6 +79,49 @@ def test_the_page_needs_an_extra_and_is_for_this_computer(
     assert run(monkeypatch, "ui", folder, tmp_path / "index", "--device", "cpu") == 0
     assert "1 items, to search at http://127.0.0.1:8765" in capsys.readouterr().out
     assert (served[0]["host"], served[0]["port"]) == ("127.0.0.1", 8765)
+
+
+@pytest.mark.parametrize("command", ["search", "ui"])
+def test_an_index_opens_with_the_model_it_remembers_or_the_one_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.setattr("uvicorn.run", lambda app, **how: None)
+    monkeypatch.chdir(tmp_path)
+    options = ["--text", "hai", "--device", "cpu"] if command == "search" else ["--device", "cpu"]
+    told = "1.0000" if command == "search" else "2 items, to search at"
+    shutil.copytree(folder, "model")
+    VectorIndex.build(ViPyloQwen("model", device="cpu"), [{"text": "một"}, {"text": "hai"}], "index")
+    for places in (["index"], ["model", "index"]):
+        assert run(monkeypatch, command, *places, *options) == 0
+        assert told in capsys.readouterr().out
+    assert run(monkeypatch, command, *options, "index") == 0  # after the options as well
+    Path("model").rename("renamed")
+    assert run(monkeypatch, command, "index", *options) == 1
+    assert f"was built with the model at {tmp_path / 'model'}, which is not there" in capsys.readouterr().err
+    assert run(monkeypatch, command, "renamed", "index", *options) == 0
+
+    in_memory = ViPyloQwen(modules=list(ViPyloQwen("renamed", device="cpu")), device="cpu")
+    in_memory.tokenizer.name_or_path = ""
+    VectorIndex.build(in_memory, [{"text": "một"}], "index", overwrite=True)
+    assert run(monkeypatch, command, "index", *options) == 1
+    assert "does not say where its model is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["search", "ui"])
+def test_none_or_three_places_are_an_error_of_usage_and_the_help_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for places, message in (
+        ([], "Missing argument '[MODEL] INDEX'"),
+        (["m", "i", "x"], "3 came: m i x. Allowed are INDEX, or MODEL INDEX."),
+    ):
+        assert run(monkeypatch, command, *places, "--device", "cpu") == 2
+        assert message in capsys.readouterr().err
+    assert run(monkeypatch, command, "--help") == 0
+    shown = capsys.readouterr().out
+    for line in ("[MODEL] INDEX", f"vipyloqwen {command} my-index", f"vipyloqwen {command} run/model my-index"):
+        assert line in shown
 
 
 def test_train_hands_over_what_was_given_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

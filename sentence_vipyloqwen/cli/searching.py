@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sentence_vipyloqwen.cli.shared import Device, Index, Model, load, make_screen
+from sentence_vipyloqwen.cli.shared import Device, ModelAndIndex, make_screen, open_index
 
 
 def search(
-    model: Model,
-    index: Index,
+    model_and_index: ModelAndIndex,
     text: Annotated[str | None, typer.Option(help="Text of the query.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image of the query; may be given up to five times.")] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Task of the query: ocr, vqa_single, ...")] = None,
@@ -34,15 +33,21 @@ def search(
 
     Scores are cosines of the whole vectors, whatever the kind of index; only what an approximate one overlooks is
     missing. `--exact` shows what that is, a higher `--effort` overlooks less and takes longer.
+
+    Examples:
+
+    `vipyloqwen search my-index --text "hóa đơn"`, with the model that the index was built with
+
+    `vipyloqwen search run/model my-index --text "hóa đơn"`, where that model lies elsewhere now
     """
     from rich.table import Table
 
-    from sentence_vipyloqwen.index import SearchResult, VectorIndex, write_report
+    from sentence_vipyloqwen.index import SearchResult, write_report
 
     query = {key: value for key, value in (("text", text), ("image", list(map(str, image or [])))) if value}
     if not query:
         raise ValueError("A query needs --text, --image, or both.")
-    opened = VectorIndex.load(index, load(model, device))
+    opened = open_index(model_and_index, device)
     hits = opened.search(query, k=k, prompt_name=prompt_name, where=where, exact=exact, effort=effort)
     table = Table("rank", "score", "id", "text", "image")
     for hit in hits:
@@ -58,8 +63,7 @@ def search(
 
 
 def ui(
-    model: Model,
-    index: Index,
+    model_and_index: ModelAndIndex,
     host: Annotated[
         str, typer.Option(help="Address to listen at; other computers reach the page only if you change it.")
     ] = "127.0.0.1",
@@ -82,15 +86,18 @@ def ui(
     **Other computers.** `--host 0.0.0.0 --name my-server` lets them in who ask for `my-server`: there is no password
     and no encryption, so do that only in a network you trust.
 
-    Example: `vipyloqwen ui run/model my-index`
+    Examples:
+
+    `vipyloqwen ui my-index`, with the model that the index was built with
+
+    `vipyloqwen ui run/model my-index`, where that model lies elsewhere now
     """
     from sentence_vipyloqwen.extras import require
 
     for module in ("fastapi", "python_multipart", "uvicorn"):
         require(module, "ui")
-    from sentence_vipyloqwen.index import VectorIndex
     from sentence_vipyloqwen.index.ui import serve
 
-    loaded = VectorIndex.load(index, load(model, device))
+    loaded = open_index(model_and_index, device)
     make_screen().print(f"{len(loaded)} items, to search at http://{host}:{port} (Ctrl-C ends it)")
     serve(loaded, host=host, port=port, host_names=name or ())

@@ -15,6 +15,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from sentence_vipyloqwen.index import VectorIndex
     from sentence_vipyloqwen.model import ViPyloQwen
 
 WIDTH_OF_A_PIPE = 140  # characters; a table of figures would be cut at the 80 that rich assumes
@@ -29,12 +30,29 @@ def _check_device(device: str | None) -> str | None:
         raise ValueError(f"--device {device!r}: allowed are cpu, cuda, cuda:1 and so on, mps.") from error
 
 
+def _check_model_and_index(places: list[str]) -> list[str]:
+    if len(places) > 2:
+        raise typer.BadParameter(f"{len(places)} came: {' '.join(places)}. Allowed are INDEX, or MODEL INDEX.")
+    return places
+
+
 Device = Annotated[
     str | None,
     typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. The best at hand by default.", callback=_check_device),
 ]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a finished model.")]
 Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
+ModelAndIndex = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[MODEL] INDEX",
+        help="Folder of the index. Before it, where the index does not know or no longer finds its model: folder or "
+        "Hub id of the model.",
+        callback=_check_model_and_index,
+    ),
+]
+"""One value or two: an optional argument before a required one would take the value of the required one."""
+
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one forward pass.")]
 
 
@@ -43,6 +61,14 @@ def load(path: str, device: str | None) -> ViPyloQwen:
     from sentence_vipyloqwen import ViPyloQwen
 
     return ViPyloQwen(path, device=device)
+
+
+def open_index(places: list[str], device: str | None) -> VectorIndex:
+    """The index of ``[MODEL] INDEX``, with the model given or the one that it remembers."""
+    from sentence_vipyloqwen.index import VectorIndex
+
+    *model, index = places
+    return VectorIndex.load(index, load(model[0], device)) if model else VectorIndex.load(index, device=device)
 
 
 def load_any(path: str, device: str | None) -> SentenceTransformer:

@@ -31,7 +31,7 @@ from sentence_vipyloqwen.fingerprint import Fingerprint
 FORMAT = "sentence-vipyloqwen-index"
 FORMAT_VERSION = 3
 UNSIGNED_VERSION = 2
-"""Read as well: all that it lacks is the checksum of ``index.json`` itself."""
+"""Read as well: all that it lacks is the checksum of ``index.json`` itself, and where the model is."""
 
 METRIC = "cosine"
 MANIFEST_FILE = "index.json"
@@ -96,6 +96,7 @@ class Manifest:
         deleted: File of the rows that were removed, ``None`` for none.
         approximate: What is searched before vectors are compared, ``None`` where all of them are.
         files: File name -> ``{"bytes": size, "xxh3_128": checksum}``, of every file.
+        model: Where the model is: see :mod:`~sentence_vipyloqwen.index.origin`. ``None`` where nobody knows.
         metric: What a score is.
         format: Says that this is one of our indexes.
         format_version: Raised whenever an older release could no longer read the folder.
@@ -110,6 +111,7 @@ class Manifest:
     deleted: str | None = None
     approximate: Approximate | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    model: str | None = None
     metric: str = METRIC
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -139,9 +141,12 @@ class Manifest:
             raise ValueError("it was altered after it was written: its checksum differs")
         if version == FORMAT_VERSION:
             del data[CHECKSUM]
+        data.setdefault("model", None)  # earlier folders do not have it
         allowed = {item.name for item in fields(cls)}
         if set(data) != allowed:
             raise ValueError(f"its fields are {sorted(data)}, allowed are {sorted(allowed)}")
+        if not (data["model"] is None or (isinstance(data["model"], str) and data["model"])):
+            raise ValueError(f"'model' is {data['model']!r}, allowed is a folder, a Hub id or null")
         data["format_version"] = FORMAT_VERSION
         approximate = data["approximate"] and Approximate(**data["approximate"])
         shards = tuple(Shard(**shard) for shard in data["shards"])

@@ -19,6 +19,7 @@ from sentence_vipyloqwen.index.embedding import Embedded, EmbedOptions, embed, e
 from sentence_vipyloqwen.index.filters import Where
 from sentence_vipyloqwen.index.items import Source, query_input
 from sentence_vipyloqwen.index.manifest import REBUILD, Manifest, read_manifest
+from sentence_vipyloqwen.index.origin import load_origin, origin_of, place_of
 from sentence_vipyloqwen.index.shards import Skipped
 from sentence_vipyloqwen.index.snapshot import Hit, Snapshot, check_k
 
@@ -28,7 +29,8 @@ Query: TypeAlias = str | Path | Image.Image | np.ndarray | Mapping[str, Any]
 class VectorIndex:
     """Items in one embedding space, searched by any of them.
 
-    Made by :meth:`build` or :meth:`load`. The folder remembers which model it belongs to and opens for no other.
+    Made by :meth:`build` or :meth:`load`. The folder remembers which model it belongs to, and opens for no other; and
+    where that model came from, so that it opens without being given one.
     Changes (:meth:`add`, :meth:`remove`, :meth:`update`, :meth:`compact`) are on the disk when they return; one that is
     killed leaves the index as it was, and what it had embedded is used by the next. There is one writer at a time, and
     readers are never in its way: an index that is open elsewhere stays as it was opened, until :meth:`refresh`.
@@ -92,27 +94,44 @@ class VectorIndex:
             old = _manifest_or_none(folder)
             embedded = embed_items(model, known, items, folder, options)
             manifest = Manifest(known, known.dim, len(embedded.ids), options.prompt_name, kind, embedded.shards)
+            manifest = replace(manifest, model=origin_of(model, folder))
             written = writing.commit(folder, old, manifest, measure_all=True)
             index = cls(model, known, folder, Snapshot(folder, written))
         index.skipped = embedded.skipped
         return index
 
     @classmethod
-    def load(cls, folder: str | Path, model: SentenceTransformer, *, checksum: bool = True) -> VectorIndex:
+    def load(
+        cls,
+        folder: str | Path,
+        model: SentenceTransformer | None = None,
+        *,
+        device: str | None = None,
+        checksum: bool = True,
+    ) -> VectorIndex:
         """Open an index. Vectors are mapped into memory, not read; items are read.
 
         Args:
             folder: What :meth:`build` wrote.
-            model: The model the index was built with, or the same one with or without ``quantize``.
+            model: The model the index was built with, or the same one with or without ``quantize``. By default the
+                ``ViPyloQwen`` that the index remembers: see :mod:`sentence_vipyloqwen.index.origin`.
+            device: Where the remembered model goes; by default the best at hand.
             checksum: Whether to read every file once to see that it is as it was written, a second for some gigabytes;
                 their sizes are compared anyway.
 
         Raises:
-            ValueError: If the model is another one (weights, dimension, prompts, processing), or if a file of the index
-                is missing or damaged.
+            ValueError: If the model is another one (weights, dimension, prompts, processing), if none is given and the
+                index remembers none or one that is gone, or if a file of the index is missing or damaged.
         """
-        folder, known = Path(folder).resolve(), fingerprint(model)
-        return cls(model, known, folder, _open(folder, known, checksum=checksum))
+        folder, named = Path(folder).resolve(), "the model given"
+        if model is None:
+            manifest = read_manifest(folder)
+            model = load_origin(manifest.model, folder, device)
+            named = f"the model at {place_of(manifest.model, folder)}, where that one was,"
+        elif device is not None:
+            raise ValueError(f"device is {device!r}, but a model was given: allowed is one of the two.")
+        known = fingerprint(model)
+        return cls(model, known, folder, _open(folder, known, checksum=checksum, named=named))
 
     def refresh(self) -> bool:
         """Open what the folder holds now, where another process has changed it; costs little where none has.
@@ -333,8 +352,9 @@ class VectorIndex:
         """The manifest with more shards, and without the items whose ids they bring."""
         if again := [id for id in embedded.ids if id in self._now.places]:
             manifest = writing.delete_rows(self.folder, manifest, self._now.rows_of(again))
-        count = manifest.count + len(embedded.ids)
-        return replace(manifest, shards=(*manifest.shards, *embedded.shards), count=count)
+        shards, count = (*manifest.shards, *embedded.shards), manifest.count + len(embedded.ids)
+        origin = origin_of(self._model, self.folder) or manifest.model
+        return replace(manifest, shards=shards, count=count, model=origin)
 
     def _commit(self, manifest: Manifest) -> None:
         self._now = Snapshot(self.folder, writing.commit(self.folder, self._now.manifest, manifest))
@@ -370,15 +390,15 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[None]:
         raise
 
 
-def _open(folder: Path, known: Fingerprint, *, checksum: bool) -> Snapshot:
-    return Snapshot.latest(folder, lambda manifest: _check_model(manifest, known, folder), checksum=checksum)
+def _open(folder: Path, known: Fingerprint, *, checksum: bool, named: str = "the model given") -> Snapshot:
+    return Snapshot.latest(folder, lambda manifest: _check_model(manifest, known, folder, named), checksum=checksum)
 
 
-def _check_model(manifest: Manifest, given: Fingerprint, folder: Path) -> None:
+def _check_model(manifest: Manifest, given: Fingerprint, folder: Path, named: str) -> None:
     built_with = manifest.fingerprint
     if not given.may_query(built_with):
         raise ValueError(
-            f"The index {folder} was built with the model {built_with}; the model given is {given}. They differ in: "
+            f"The index {folder} was built with the model {built_with}; {named} is {given}. They differ in: "
             f"{', '.join(built_with.differences(given))}. Load the model the index was built with, or use this one: "
             f"{REBUILD[0].lower()}{REBUILD[1:]}."
         )
