@@ -1,4 +1,4 @@
-"""An ablation for a reader: one HTML page that needs nothing else, and its plots as files."""
+"""An ablation for a reader: one HTML page that needs nothing else, the same as Markdown, and its plots as files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from sentence_vipyloqwen.ablation.results import (
 )
 from sentence_vipyloqwen.extras import require
 from sentence_vipyloqwen.files import replacing
-from sentence_vipyloqwen.pages import load_template
+from sentence_vipyloqwen.pages import load_markdown, load_template
 
-PAGE_FILE = "ablation.html"
+PAGE_FILE, MARKDOWN_FILE = "ablation.html", "ablation.md"
 DIFFERENCES_PLOT, VALUES_PLOT = "differences", "values"
+_PACKAGE = "sentence_vipyloqwen.ablation"
 _FORMATS = ("png", "svg")
 _DPI = 150
 _ACROSS = 4
@@ -43,8 +44,8 @@ def write_report(output: str | Path) -> Path:
     """Write the page and the plots of an ablation's raw results, as far as there are some.
 
     Args:
-        output: Its folder, with ``results.json``. It receives ``ablation.html``, ``differences`` and ``values``, each
-            as PNG and SVG.
+        output: Its folder, with ``results.json``. It receives ``ablation.html``, ``ablation.md``, ``differences`` and
+            ``values``, each as PNG and SVG.
 
     Returns:
         The page.
@@ -61,21 +62,28 @@ def write_report(output: str | Path) -> Path:
         for kind in _FORMATS:
             with replacing(output / f"{name}.{kind}") as draft:
                 draft.write_bytes(drawn[kind])
-    page = load_template("sentence_vipyloqwen.ablation", f"{PAGE_FILE}.jinja").render(
-        results=results,
-        names=_names(results),
-        headlines=headlines(runs),
-        runs=[_run_row(run) for run in runs],
-        plots={name: base64.b64encode(drawn["svg"]).decode() for name, drawn in plots.items()},
-        rule=RULE,
-        by_chance=by_chance(results),
-        facts=_facts(runs),
-        cell=cell,
-        change=change,
-        mean=MEAN,
-    )
-    with replacing(output / PAGE_FILE) as draft:
-        draft.write_text(page, encoding="utf-8")
+    told = {
+        "results": results,
+        "names": _names(results),
+        "headlines": headlines(runs),
+        "runs": [_run_row(run) for run in runs],
+        "rule": RULE,
+        "by_chance": by_chance(results),
+        "facts": _facts(runs),
+        "cell": cell,
+        "change": change,
+        "mean": MEAN,
+    }
+    images = {name: base64.b64encode(drawn["svg"]).decode() for name, drawn in plots.items()}
+    pages = {
+        PAGE_FILE: load_template(_PACKAGE, f"{PAGE_FILE}.jinja").render(told, plots=images),
+        MARKDOWN_FILE: load_markdown(_PACKAGE, f"{MARKDOWN_FILE}.jinja").render(
+            told, plots={name: f"{name}.svg" for name in plots}, tame=_tame
+        ),
+    }
+    for name, page in pages.items():
+        with replacing(output / name) as draft:
+            draft.write_text(page, encoding="utf-8")
     return output / PAGE_FILE
 
 
@@ -105,6 +113,15 @@ def by_chance(results: Sequence[VariantResult]) -> tuple[int, float]:
     """How many differences are compared with a spread, and how many of them chance alone would let count."""
     compared = [found for result in results for found in result.differences.values() if found.threshold is not None]
     return len(compared), sum(chance(len(found.own.by_seed)) for found in compared)
+
+
+def _tame(words: str) -> str:
+    """Words for a cell of Markdown, where a task's prefix would be taken for a tag.
+
+    >>> _tame("<ocr> | a")
+    '\\\\<ocr> \\\\| a'
+    """
+    return words.replace("<", r"\<").replace("|", r"\|")
 
 
 def _names(results: Sequence[VariantResult]) -> list[str]:

@@ -111,6 +111,11 @@ class VariantResult:
     failed: Sequence[int]
     seconds: float
 
+    @property
+    def seeds(self) -> int:
+        """How many runs have figures."""
+        return max((len(figure.by_seed) for figure in self.figures.values()), default=0)
+
     def answer(self) -> str:
         """What its runs say to its question, in a sentence or two."""
         if not self.figures:

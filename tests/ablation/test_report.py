@@ -15,7 +15,7 @@ from sentence_vipyloqwen.ablation.report import by_chance, write_report
 from sentence_vipyloqwen.ablation.results import RULE, chance, summarise
 
 RunOf = Callable[..., dict[str, Any]]
-FILES = ["ablation.html", "differences.png", "differences.svg", "values.png", "values.svg"]
+FILES = ["ablation.html", "ablation.md", "differences.png", "differences.svg", "values.png", "values.svg"]
 
 
 class Tags(HTMLParser):
@@ -103,3 +103,26 @@ def test_the_reference_alone_is_a_page_too(run_of: RunOf, tmp_path: Path) -> Non
     assert "A mean of 0.500, from which the others are counted." in page
     assert "by chance" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "results.json"])
+
+
+def test_the_same_stands_in_markdown(runs: list[dict[str, Any]], run_of: RunOf, tmp_path: Path) -> None:
+    single = [run_of("only_ocr", seed, 0.1, ocr=0.7, instr=0.1) for seed in (0, 1, 2)]
+    write(tmp_path, [*runs, *single])
+    lines = (tmp_path / "ablation.md").read_text(encoding="utf-8").splitlines()
+    for line in (
+        "| `one_mix` | `full` | **-0.090 ± 0.010** | **-0.100 ± 0.000** | +0.000 ± 0.000 |",
+        "| `only_ocr` | `full` |  | **+0.100 ± 0.000** |  |",
+        "| `one_mix` | 3 | 0.410 ± 0.010 | 0.500 ± 0.000 | 0.400 ± 0.000 |",
+        "| `one_mix` | 0 | 7 | 8 | 36 |  | 0.400 | 0.500 | 0.400 |",
+        "| `no_prefix` | 0 | 7 | 8 | 36 |  | not finite |",
+        "![Figures of every variant, for the mean and each task](values.svg)",
+    ):
+        assert line in lines, line
+    assert any(r"\<text_pair> is seen by the loss alone" in line for line in _markdown(tmp_path, run_of))
+    widths = [line.count("|") for line in lines if line.startswith("| `one_mix` |")]
+    assert widths == [6, 6, 10, 10, 10]  # differences, figures, each run
+
+
+def _markdown(folder: Path, run_of: RunOf) -> list[str]:
+    write(folder, [run_of(name, 0, 0.5, ocr=0.5) for name in ("full", "no_text_pair_prefix")])
+    return (folder / "ablation.md").read_text(encoding="utf-8").splitlines()
