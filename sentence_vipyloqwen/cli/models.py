@@ -13,14 +13,23 @@ from sentence_vipyloqwen.cli.shared import Device, make_screen
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder for data, model, index and pages.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer end sooner and learn less.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that train together, each with as many rows a step.")
+    ] = 1,
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="Make data and base alone, as for `vipyloqwen ablate`.")
+    ] = False,
 ) -> None:
     """Do the whole job on a tiny model: create, train, evaluate, save, load, index, search.
 
     Needs no GPU, no network and no model from a hub. Ends with a page of results to open in a browser.
     """
-    from sentence_vipyloqwen.demo.run import run_demo
+    from sentence_vipyloqwen.demo.run import prepare_demo, run_demo
 
-    run_demo(output, overrides={"max_steps": steps} if steps else None, console=make_screen())
+    if data_only:
+        prepare_demo(output, console=make_screen())
+        return
+    run_demo(output, overrides={"max_steps": steps} if steps else None, processes=processes, console=make_screen())
 
 
 def create(

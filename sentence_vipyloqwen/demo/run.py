@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,9 +29,9 @@ from sentence_vipyloqwen.model_card import CARD_FILE
 from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.tasks import split_prefix
 from sentence_vipyloqwen.train.evaluation import Evaluation, evaluate
-from sentence_vipyloqwen.train.recipe import load_recipe
+from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
 from sentence_vipyloqwen.train.records import Record, read_records
-from sentence_vipyloqwen.train.run import TrainingResult, train
+from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
 
 RECIPE = "tiny.yaml"
 BASE_CARD = """---
@@ -39,7 +43,6 @@ A random Qwen2-VL checkpoint, made by the demo of sentence-vipyloqwen.
 """The base's own card, from which the trained model's card has its licence."""
 
 VOCABULARY = 3000
-METRICS_FILE = "metrics.json"
 PAGE_FILE = "search.html"
 COSINE_FLOOR = 0.9999
 ANSWERED = ("ocr", "vqa_single", "vqa_multi")
@@ -62,12 +65,28 @@ class DemoResult:
     metrics: dict[str, Any]
 
 
+def prepare_demo(
+    output: str | Path,
+    *,
+    sizes: DemoSizes = DemoSizes(),  # noqa: B008 - frozen
+    seed: int = 0,
+    console: Console | None = None,
+) -> tuple[DemoData, Path]:
+    """Make what a training of the demo begins with, and no more; see `run_demo` for the arguments.
+
+    Returns:
+        The data and the folder of the base.
+    """
+    return _prepare(Path(output), sizes, seed, _Steps(console or Console(quiet=True)))
+
+
 def run_demo(
     output: str | Path,
     *,
     sizes: DemoSizes = DemoSizes(),  # noqa: B008 - frozen
     overrides: dict[str, Any] | None = None,
     seed: int = 0,
+    processes: int = 1,
     console: Console | None = None,
 ) -> DemoResult:
     """Do the whole job: data, base, create, train, evaluate, save, load, index, search.
@@ -85,18 +104,15 @@ def run_demo(
         sizes: How much data to make.
         overrides: Settings that replace those of ``tiny.yaml``.
         seed: Seed of data, weights and sampling.
+        processes: That train together, each with its part of the cores; a step has as many times ``batch_size`` rows.
         console: Where to tell what happens.
 
     Raises:
-        RuntimeError: If plain Sentence Transformers gives other vectors.
+        RuntimeError: If the processes of the training fail, or plain Sentence Transformers gives other vectors.
     """
     output = Path(output)
     steps = _Steps(console or Console(quiet=True))
-    data: DemoData = steps.run(
-        "Data: easy-vqa, CLDR names, rendered Vietnamese documents",
-        lambda: _make_data(output, sizes, seed, steps.console),
-    )
-    base = steps.run("Base: a tiny random Qwen2-VL checkpoint", lambda: _make_base(output / "base", data.train, seed))
+    data, base = _prepare(output, sizes, seed, steps)
     settings = {
         "base": str(base),
         "train": [str(data.train)],
@@ -104,18 +120,19 @@ def run_demo(
         "output": str(output / "training"),
     }
     recipe = load_recipe(RECIPE, {**settings, "seed": seed, **(overrides or {})})
-    result = steps.run("Training on all tasks together", lambda: train(recipe, device="cpu"))
-    lines = evaluate(result.model, data.eval_lines)
-    _show(steps.console, result, lines)
+    steps.run("Training on all tasks together", lambda: _train(recipe, processes))
+    training = Path(recipe.output)
+    model_path, measured = training / MODEL, json.loads((training / METRICS_FILE).read_text(encoding="utf-8"))
+    lines = evaluate(ViPyloQwen(model_path, device="cpu"), data.eval_lines)
+    _show(steps.console, measured, lines)
     records = list(read_records(data.eval))
     agreement = steps.run(
         "Loading the saved folder with plain SentenceTransformer",
-        lambda: compare_with_stock(result.model_path, _sample(records)),
+        lambda: compare_with_stock(model_path, _sample(records)),
     )
-    page = steps.run("Index and search", lambda: _search(result.model_path, data, records, output))
+    page = steps.run("Index and search", lambda: _search(model_path, data, records, output))
     metrics = {
-        "before": result.before.to_dict() if result.before else None,
-        "after": result.after.to_dict() if result.after else None,
+        **{when: measured.get(when) for when in ("before", "after")},
         "ocr_lines": lines.to_dict(),
         "stock_agreement": agreement,
         "records": data.counts,
@@ -123,10 +140,44 @@ def run_demo(
     }
     metrics_path = output / METRICS_FILE
     metrics_path.write_text(json.dumps(metrics, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    steps.console.print(
-        f"\nModel    {result.model_path}\nFigures  {metrics_path}\nResults  {page}  (open it in a browser)"
+    steps.console.print(f"\nModel    {model_path}\nFigures  {metrics_path}\nResults  {page}  (open it in a browser)")
+    return DemoResult(model_path, metrics_path, page, metrics)
+
+
+def _prepare(output: Path, sizes: DemoSizes, seed: int, steps: _Steps) -> tuple[DemoData, Path]:
+    data: DemoData = steps.run(
+        "Data: easy-vqa, CLDR names, rendered Vietnamese documents",
+        lambda: _make_data(output, sizes, seed, steps.console),
     )
-    return DemoResult(result.model_path, metrics_path, page, metrics)
+    base = steps.run("Base: a tiny random Qwen2-VL checkpoint", lambda: _make_base(output / "base", data.train, seed))
+    return data, base
+
+
+def _train(recipe: Recipe, processes: int) -> None:
+    """Train here, or in several processes that ``torchrun`` starts; a signal ends them with a checkpoint."""
+    if processes == 1:
+        train(recipe, device="cpu")
+        return
+    settings = Path(recipe.output).with_suffix(".yaml")
+    settings.write_text(recipe.to_yaml(), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, "-m", "sentence_vipyloqwen", "train", "--recipe", str(settings), "--device", "cpu"]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    with subprocess.Popen([sys.executable, *command], env={**os.environ, "OMP_NUM_THREADS": threads}) as running:
+        handlers = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # the terminal tells them, too
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: running.terminate()),
+        }
+        try:
+            code = running.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if code:
+        raise RuntimeError(
+            f"The {processes} processes of the training ended with exit code {code}; what ended them stands above. "
+            "The same command goes on from the last checkpoint."
+        )
 
 
 def compare_with_stock(model_path: Path, inputs: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -197,11 +248,12 @@ def _texts(train_file: Path) -> Iterator[str]:
                 yield "\n".join(text) if isinstance(text, list) else text
 
 
-def _show(console: Console, result: TrainingResult, lines: Evaluation) -> None:
+def _show(console: Console, measured: Mapping[str, Any], lines: Evaluation) -> None:
     table = Table("task", "measure", "before", "after", title="Held-out data")
-    for name, task in result.after.tasks.items() if result.after else ():
-        before = result.before.tasks[name].metrics[task.headline] if result.before else float("nan")
-        table.add_row(name, task.headline, f"{before:.3f}", f"{task.metrics[task.headline]:.3f}")
+    for name, task in measured["after"]["tasks"].items():
+        headline = task["headline"]
+        before = measured["before"]["tasks"][name]["metrics"][headline]
+        table.add_row(name, headline, f"{before:.3f}", f"{task['metrics'][headline]:.3f}")
     ocr = lines.tasks["ocr"]
     table.add_row("ocr, lines alone", "recall@1", "", f"{ocr.metrics['recall@1']:.3f}")
     table.add_row("", "recall@10", "", f"{ocr.metrics['recall@10']:.3f}")
