@@ -3,6 +3,7 @@
     make bench                                             # speed: benchmarks/results.md
     make demo
     .venv/bin/python docs/write_figures.py demo-output     # quality: the demo's metrics.json, kept as docs/demo.json
+    make ablation                                          # what each part is worth: docs/ablation/results.json
     .venv/bin/python docs/write_figures.py                 # from what is kept, without a demo
 
 A test holds the READMEs to these files, so a figure cannot be changed by hand.
@@ -14,13 +15,17 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sentence_vipyloqwen.ablation.report import cell, change, write_report
+from sentence_vipyloqwen.ablation.results import MEAN, load_results, summarise
+from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS
+
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-RESULTS, DEMO = ROOT / "benchmarks" / "results.md", DOCS / "demo.json"
+RESULTS, DEMO, ABLATION = ROOT / "benchmarks" / "results.md", DOCS / "demo.json", DOCS / "ablation"
 
 ENCODE, TRAINING = "Encode, against stock SentenceTransformer", "Training step, against stock SentenceTransformer"
 RATIO = "times faster"
@@ -50,6 +55,9 @@ ENGLISH = {
     "counts": "({queries} queries, {candidates} candidates)",
     "pairs": "({queries} pairs)",
     "lines": ", unseen lines alone",
+    "ablation": "| variant | what is changed | mean of the tasks | difference | tasks that differ beyond the spread |",
+    "changes": {variant.name: variant.change for variant in VARIANTS.values()},
+    "against": "{difference}, against `{other}`",
 }
 VIETNAMESE = {
     "speed": "| nhanh hơn nguyên bản (lần) | encode | bước huấn luyện |",
@@ -61,26 +69,39 @@ VIETNAMESE = {
     "shared": "8 câu hỏi mỗi trang",
     "duplicates": "mỗi đầu vào 4 lần",
     "single": "từng cái một",
-    "figures": "| nhiệm vụ | thước đo | trước huấn luyện | sau huấn luyện |",
+    "figures": "| tác vụ | thước đo | trước huấn luyện | sau huấn luyện |",
     "counts": "({queries} truy vấn, {candidates} ứng viên)",
     "pairs": "({queries} cặp)",
     "lines": ", riêng các dòng chữ chưa thấy",
+    "ablation": "| biến thể | thay đổi | trung bình các tác vụ | chênh lệch | tác vụ chênh lệch vượt quá độ phân tán |",
+    "changes": {
+        "full": "không đổi gì",
+        "info_nce_only": "mọi tác vụ chỉ còn InfoNCE (cặp vẫn có trọng số như trước)",
+        "one_mix": "cả bốn thành phần loss với trọng số 1 và margin 0.2 cho mọi tác vụ",
+        "published_pair_weight": "một cặp có điểm được tính trọn trong InfoNCE, điểm bao nhiêu cũng vậy",
+        "published_triplet": "triplet lấy độ tương đồng đã chia cho nhiệt độ",
+        "no_prefix": "chỉ loss thấy tiền tố, cả khi huấn luyện lẫn khi đánh giá",
+        "prefix_forgotten": "mô hình của full, hỏi mà không có tiền tố",
+    },
+    "against": "{difference}, so với `{other}`",
 }
-READMES: Mapping[str, Mapping[str, str]] = {"README.md": ENGLISH, "README.vi.md": VIETNAMESE}
+READMES: Mapping[str, Mapping[str, Any]] = {"README.md": ENGLISH, "README.vi.md": VIETNAMESE}
 
 
 def main(arguments: list[str]) -> None:
     """Keep the demo's figures, where its folder is given, and write the tables."""
     for folder in arguments:
         shutil.copyfile(Path(folder, "metrics.json"), DEMO)
+    write_report(ABLATION)
     for name, words in READMES.items():
         file = ROOT / name
         file.write_text(with_figures(file.read_text(encoding="utf-8"), words), encoding="utf-8")
 
 
-def with_figures(text: str, words: Mapping[str, str]) -> str:
-    """The text of a README with both its tables written anew."""
+def with_figures(text: str, words: Mapping[str, Any]) -> str:
+    """The text of a README with its tables written anew."""
     text = with_region(text, "speed", speed_table(RESULTS.read_text(encoding="utf-8"), words))
+    text = with_region(text, "ablation", ablation_table(load_results(ABLATION), words))
     return with_region(text, "figures", demo_table(json.loads(DEMO.read_text(encoding="utf-8")), words))
 
 
@@ -101,7 +122,7 @@ def with_region(text: str, name: str, body: str) -> str:
     return found
 
 
-def speed_table(results: str, words: Mapping[str, str]) -> str:
+def speed_table(results: str, words: Mapping[str, Any]) -> str:
     """Our speed over stock's by corpus, of ``encode`` and of a training step."""
     encode, training = (section_rows(results, section) for section in (ENCODE, TRAINING))
     lines = [
@@ -120,7 +141,7 @@ def section_rows(results: str, section: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
-def demo_table(metrics: Mapping[str, Any], words: Mapping[str, str]) -> str:
+def demo_table(metrics: Mapping[str, Any], words: Mapping[str, Any]) -> str:
     """What the demo's model reached on held-out data, before and after training."""
     lines = []
     for task, measure in HEADLINES:
@@ -132,7 +153,7 @@ def demo_table(metrics: Mapping[str, Any], words: Mapping[str, str]) -> str:
 
 
 def _line(
-    task: str, result: Mapping[str, Any], measure: str, before: str, words: Mapping[str, str], of: str = ""
+    task: str, result: Mapping[str, Any], measure: str, before: str, words: Mapping[str, Any], of: str = ""
 ) -> str:
     counts = words["counts" if result["candidates"] else "pairs"].format_map(result)
     return f"| `{task}`{of} {counts} | {measure} | {before} | {_figure(result, measure)} |"
@@ -140,6 +161,21 @@ def _line(
 
 def _figure(result: Mapping[str, Any], measure: str) -> str:
     return f"{result['metrics'][measure]:.3f}"
+
+
+def ablation_table(runs: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) -> str:
+    """What every change did to the mean of the tasks, and to which of them it did something."""
+    lines = []
+    for result in summarise(runs):
+        difference = change(result.differences.get(MEAN))
+        if difference and result.variant.against != FULL:
+            difference = words["against"].format(difference=difference, other=result.variant.against)
+        counted = [
+            f"{name} {change(found)}" for name, found in result.differences.items() if found.counts and name != MEAN
+        ]
+        cells = [words["changes"][result.variant.name], cell(result.figures.get(MEAN)), difference, "; ".join(counted)]
+        lines.append(" | ".join([f"| `{result.variant.name}`", *cells]) + " |")
+    return "\n".join([words["ablation"], "|---|---|---|---|---|", *lines]) + "\n"
 
 
 if __name__ == "__main__":

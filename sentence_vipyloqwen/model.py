@@ -295,7 +295,7 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
     # A card that is saved again as it is has the model's id in two snippets; the stock way replaces its own class's.
     def _update_default_model_id(self, model_card: str) -> str:
         new = self.model_card_data.model_id or self._model_card_model_id_placeholder
-        return model_card.replace(f'("{self._model_card_model_id_placeholder}")', f'("{new}")')
+        return model_card.replace(f'("{self._model_card_model_id_placeholder}"', f'("{new}"')
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(

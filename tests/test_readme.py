@@ -28,6 +28,9 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen, cli
+from sentence_vipyloqwen.ablation.report import write_report
+from sentence_vipyloqwen.ablation.results import RESULTS_FILE
+from sentence_vipyloqwen.ablation.variants import FULL, with_needed
 from sentence_vipyloqwen.demo import run as demo
 from sentence_vipyloqwen.demo.data import DemoSizes, build_demo_data
 from sentence_vipyloqwen.index.items import ITEM_KEYS
@@ -43,6 +46,7 @@ QUICKER = {"max_steps=100": "max_steps=2"}
 HERE = "http://127.0.0.1"
 ORIENTATION = 0x0112  # the tag of EXIF
 LANGUAGES = {"bash", "python", "json", "bibtex"}
+PLOT = re.compile(r"data:image/svg\+xml;base64,[\w+/=]+")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -204,6 +208,28 @@ def test_the_tables_are_those_of_the_results(name: str) -> None:
     """`docs/write_figures.py` writes them; what it would write stands there."""
     written = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))
     assert written["with_figures"](read(name), written["READMES"][name]) == read(name)
+
+
+def test_what_makes_the_figures_is_there() -> None:
+    """The targets that take hours name scripts that exist, and variants of the table."""
+    makefile = read("Makefile")
+    scripts = re.findall(r"\b(?:benchmarks|docs)/\w+\.py", makefile)
+    assert {"benchmarks/index.py", "docs/write_figures.py", "docs/make_pictures.py"} <= set(scripts)
+    assert not [script for script in scripts if not (ROOT / script).exists()]
+    (ablated,) = re.findall(r"^ABLATED = (.*)$", makefile, re.MULTILINE)
+    assert {variant.name for variant in with_needed(ablated.split())} == {FULL, *ablated.split()}
+    words = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))["READMES"].values()
+    assert not [name for of in words for name in (FULL, *ablated.split()) if name not in of["changes"]]
+
+
+def test_the_report_of_the_ablation_is_that_of_its_results(tmp_path: Path) -> None:
+    kept = ROOT / "docs" / "ablation"
+    shutil.copy(kept / RESULTS_FILE, tmp_path)
+    write_report(tmp_path)
+    assert {path.name for path in kept.iterdir()} == {path.name for path in tmp_path.iterdir()}
+    for name in ("ablation.html", "ablation.md"):
+        made, here = (PLOT.sub("", (folder / name).read_text(encoding="utf-8")) for folder in (tmp_path, kept))
+        assert made == here  # plots are drawn differently by every release of matplotlib
 
 
 def test_a_readme_without_its_table_is_refused() -> None:

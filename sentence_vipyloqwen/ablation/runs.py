@@ -40,11 +40,14 @@ from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.build import CHECKPOINTS, model_options
 from sentence_vipyloqwen.train.evaluation import evaluate
-from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
+from sentence_vipyloqwen.train.recipe import BY_ROWS, Recipe, load_recipe
 from sentence_vipyloqwen.train.records import read_records
 from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
 
-RUNS_FOLDER, RUN_FILE = "runs", "run.json"
+RUNS_FOLDER, RUN_FILE, REPORT_LOCK = "runs", "run.json", "report.lock"
+LOOK_AGAIN = 10.0
+"""Seconds after which a process that has nothing else to do looks whether others are done with their runs."""
+
 SEEDS = 3
 _PACKAGES = ("sentence-vipyloqwen", "sentence-transformers", "transformers", "torch")
 _PLACES = ("base", "train", "eval", "output", "vision_cache")
@@ -114,7 +117,9 @@ def plan(
 
     Args:
         recipe: The reference; its ``seed`` is the first one, its ``output`` the folder of the whole ablation.
-        names: Variants; all by default. The reference and what they are compared with come by themselves.
+        names: Variants; by default all, those for a single task as far as the data has that task and the recipe has
+            no ``best_metric`` and draws batches by the tasks' rows or by a mix of tasks. The reference and what they
+            are compared with come by themselves.
         seeds: How many.
         own: Variant -> settings that replace its own, such as a batch size that the machine can hold.
 
@@ -126,13 +131,12 @@ def plan(
         raise ValueError(f"seeds is {seeds}; allowed is at least 1.")
     if not recipe.eval:
         raise ValueError("An ablation needs held-out records: setting eval is None; allowed is a JSONL file.")
-    variants = with_needed(names or VARIANTS)
-    own = own or {}
+    own, shares = own or {}, _shares(recipe)
+    variants = with_needed(names or (name for name, of in VARIANTS.items() if of.only is None or of.only in shares))
     trained = {variant.name: variant for variant in variants if not variant.model_of}
     if unknown := sorted(set(own) - set(trained) | {FULL} & set(own)):
         allowed = [name for name in trained if name != FULL]
         raise ValueError(f"Settings are given for the variants {unknown}; among those that train are {allowed}.")
-    shares = _shares(recipe) if any(variant.only for variant in trained.values()) else {}
     recipes = {name: _recipe_of(variant, recipe, own.get(name, {}), shares) for name, variant in trained.items()}
     for name, variant in trained.items():
         if variant.against and recipes[name] == recipes[variant.against]:
@@ -144,24 +148,32 @@ def plan(
 
 
 def _shares(recipe: Recipe) -> dict[str, float]:
-    """Each task of the data, and its share of the rows that the reference sees."""
+    """Each task of the data, and its share of the rows that the reference sees.
+
+    Empty where a model for one task would be no fair peer: where no mix of tasks tells its share, or where the best
+    checkpoint is chosen, which all tasks have a say in.
+    """
+    if recipe.mixed_batches or recipe.sampling != BY_ROWS or recipe.best_metric:
+        return {}
     weights: Mapping[str, float] = Counter(record.task.name for path in recipe.train for record in read_records(path))
     if recipe.mixes_tasks:
         if set(recipe.mix) != set(weights):
-            raise ValueError(
-                f"What a task has of the budget is told by a mix of {sorted(weights)} or by their rows; the recipe has "
-                f"mix {dict(recipe.mix)}, mix_temperature {recipe.mix_temperature}, curriculum {recipe.curriculum}: "
-                "leave out the variants for a single task."
-            )
+            return {}
         weights = recipe.mix
-    return {task: weight / sum(weights.values()) for task, weight in weights.items()}
+    return {task: weight / sum(weights.values()) for task, weight in weights.items() if weight}
 
 
 def _recipe_of(variant: Variant, recipe: Recipe, own: Settings, shares: Mapping[str, float]) -> Recipe:
     settings, share = {**variant.settings(recipe), **own}, 1.0
     if variant.only:
         if variant.only not in shares:
-            raise ValueError(f"Variant {variant.name}: the data has {sorted(shares)} alone; leave it out.")
+            raise ValueError(
+                f"Variant {variant.name}: its share of the steps is not known. Allowed are a task of the data, and a "
+                "recipe without best_metric whose batches are drawn by the tasks' rows or by a mix of tasks; known are "
+                f"the shares of {sorted(shares)}."
+            )
+        if "mix" in own:
+            raise ValueError(f"Variant {variant.name}: its mix is its task alone; got {own['mix']}, allowed is none.")
         settings["mix"], share = {task: float(task == variant.only) for task in shares}, shares[variant.only]
     changed = _replaced(recipe, settings)
     if recipe.max_steps and "max_steps" not in own:
@@ -224,45 +236,59 @@ def ablate(
     output, data = Path(recipe.output), _data(recipe)
     labels = {run.folder: f"{number}/{len(runs)}  {run.name}" for number, run in enumerate(runs, 1)}
 
-    def settle(run: Run, patience: float) -> None:
-        with _alone(run, patience):
+    def settle(run: Run) -> None:
+        with _alone(run):
             done = _read_done(run, data)
             tell(f"{labels[run.folder]}: {'done before' if done else run.variant.change}")
             if not done:
                 _write(run.folder / RUN_FILE, _do(run, data, device))
                 shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
-                write_results(output)
-                write_report(output)
+                _report(output)
 
-    left: list[Run] = []
-    for run in runs:
-        try:
-            if any(other.leaves_model_of(run) for other in left):
-                raise _UnderWay
-            settle(run, patience=0)
-        except _UnderWay:
-            tell(f"{labels[run.folder]}: under way in another process, or waits for what is")
-            left.append(run)
-    for run in left:
-        settle(run, patience=-1)  # for as long as it takes
-    write_results(output)
-    write_report(output)
+    left = runs
+    while left:
+        busy: list[Run] = []
+        for run in left:
+            try:
+                if any(other.leaves_model_of(run) for other in busy):
+                    raise _UnderWay
+                settle(run)
+            except _UnderWay:
+                busy.append(run)
+                if left is runs:  # once
+                    tell(f"{labels[run.folder]}: under way in another process, or waits for what is")
+        if busy:
+            time.sleep(LOOK_AGAIN)
+        left = busy
+    _report(output)
     return output / RESULTS_FILE
 
 
 @contextmanager
-def _alone(run: Run, patience: float) -> Iterator[None]:
-    """Keep other processes off a run; wait so many seconds until they leave it, endlessly if negative."""
+def _alone(run: Run) -> Iterator[None]:
+    """Keep other processes off a run.
+
+    Raises:
+        _UnderWay: If one has it.
+    """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{run.folder}.lock")
     try:
-        lock.acquire(timeout=patience)
+        lock.acquire(timeout=0)
     except Timeout:
         raise _UnderWay from None
     try:
         yield
     finally:
         lock.release()
+
+
+def _report(output: Path) -> None:
+    """Write results, plots and pages anew, all of one state of the folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    with FileLock(output / REPORT_LOCK):
+        write_results(output)
+        write_report(output)
 
 
 def _do(run: Run, data: Settings, device: str | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def ablate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the whole ablation; each run has one in it.")] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="A variant by name; may be given often. All of the table by default.")
+        list[str] | None, typer.Option(help="A variant by name; may be given often. All that fit the data by default.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant; fewer than 3 say little.")] = 3,
     set_: Annotated[
@@ -56,11 +56,12 @@ def ablate(
     or more seeds in the same folder add to it.
 
     **Several at once.** Start the same command again, on another accelerator (`CUDA_VISIBLE_DEVICES=1`), another core
-    (`OMP_NUM_THREADS=1`) or another machine that has the folder: each does the runs that no other has under way.
+    (`OMP_NUM_THREADS=1`), or another machine if file locks (`flock`) hold across machines in the output folder: each
+    does the runs that no other has under way.
 
     **What the output holds.** `ablation.html`: questions, answers, figures with their spread over the seeds, every run;
-    it is written anew after each. `differences` and `values` as PNG and SVG. `results.json`: every figure and setting.
-    `runs/VARIANT/seed-N/`: what `vipyloqwen train` leaves.
+    it is written anew after each. `ablation.md`: the same for a repository. `differences` and `values` as PNG and SVG.
+    `results.json`: every figure and setting. `runs/VARIANT/seed-N/`: what `vipyloqwen train` leaves.
 
     **What counts.** A difference to the reference counts only where it exceeds the spread of both sides.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sentence_vipyloqwen.cli.shared import Device, make_screen
+from sentence_vipyloqwen.cli.shared import Device, make_screen, tell_error
 
 
 def demo(
@@ -25,11 +25,19 @@ def demo(
     Needs no GPU, no network and no model from a hub. Ends with a page of results to open in a browser.
     """
     from sentence_vipyloqwen.demo.run import prepare_demo, run_demo
+    from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 
     if data_only:
+        if steps or processes > 1:
+            raise ValueError("--data-only trains nothing: leave out --steps and --processes.")
         prepare_demo(output, console=make_screen())
         return
-    run_demo(output, overrides={"max_steps": steps} if steps else None, processes=processes, console=make_screen())
+    overrides = {"max_steps": steps} if steps else None
+    try:
+        run_demo(output, overrides=overrides, processes=processes, console=make_screen())
+    except (ProcessLost, TrainingInterrupted) as error:
+        tell_error(error)
+        raise typer.Exit(getattr(error, "exit_code", 1)) from error
 
 
 def create(

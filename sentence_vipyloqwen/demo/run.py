@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from sentence_vipyloqwen.model_card import CARD_FILE
 from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.tasks import split_prefix
 from sentence_vipyloqwen.train.evaluation import Evaluation, evaluate
+from sentence_vipyloqwen.train.interruption import SIGNALS, ProcessLost, TrainingInterrupted
 from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
 from sentence_vipyloqwen.train.records import Record, read_records
 from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
@@ -108,7 +111,10 @@ def run_demo(
         console: Where to tell what happens.
 
     Raises:
-        RuntimeError: If the processes of the training fail, or plain Sentence Transformers gives other vectors.
+        ValueError: If the recipe evaluates nothing.
+        TrainingInterrupted: If SIGTERM or SIGINT ended the training; the same call goes on from its last checkpoint.
+        ProcessLost: If the processes of the training failed.
+        RuntimeError: If plain Sentence Transformers gives other vectors.
     """
     output = Path(output)
     steps = _Steps(console or Console(quiet=True))
@@ -120,6 +126,8 @@ def run_demo(
         "output": str(output / "training"),
     }
     recipe = load_recipe(RECIPE, {**settings, "seed": seed, **(overrides or {})})
+    if not recipe.eval:
+        raise ValueError("The demo shows what a training changes: setting eval is None; allowed is a JSONL file.")
     steps.run("Training on all tasks together", lambda: _train(recipe, processes))
     training = Path(recipe.output)
     model_path, measured = training / MODEL, json.loads((training / METRICS_FILE).read_text(encoding="utf-8"))
@@ -132,7 +140,7 @@ def run_demo(
     )
     page = steps.run("Index and search", lambda: _search(model_path, data, records, output))
     metrics = {
-        **{when: measured.get(when) for when in ("before", "after")},
+        **{when: measured[when] for when in ("before", "after")},
         "ocr_lines": lines.to_dict(),
         "stock_agreement": agreement,
         "records": data.counts,
@@ -154,30 +162,51 @@ def _prepare(output: Path, sizes: DemoSizes, seed: int, steps: _Steps) -> tuple[
 
 
 def _train(recipe: Recipe, processes: int) -> None:
-    """Train here, or in several processes that ``torchrun`` starts; a signal ends them with a checkpoint."""
+    """Train here, or in several processes that ``torchrun`` starts."""
     if processes == 1:
         train(recipe, device="cpu")
         return
     settings = Path(recipe.output).with_suffix(".yaml")
     settings.write_text(recipe.to_yaml(), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, "-m", "sentence_vipyloqwen", "train", "--recipe", str(settings), "--device", "cpu"]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    with subprocess.Popen([sys.executable, *command], env={**os.environ, "OMP_NUM_THREADS": threads}) as running:
-        handlers = {
-            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # the terminal tells them, too
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: running.terminate()),
-        }
-        try:
-            code = running.wait()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = ["-m", "sentence_vipyloqwen", "train", "--recipe", str(settings), "--device", "cpu"]
+    code, received = run_listening([*launcher, *command], {"OMP_NUM_THREADS": threads})
+    if received:
+        raise TrainingInterrupted(f"Signal {received}. The same command goes on from the last checkpoint.", received)
     if code:
-        raise RuntimeError(
-            f"The {processes} processes of the training ended with exit code {code}; what ended them stands above. "
-            "The same command goes on from the last checkpoint."
-        )
+        raise ProcessLost(f"The {processes} processes of the training ended with exit code {code}: see above.")
+
+
+def run_listening(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int]:
+    """Run a command in a session of its own, and pass SIGTERM and SIGINT on to it.
+
+    Args:
+        command: The program and its arguments.
+        environment: Variables beside those of this process.
+
+    Returns:
+        Its exit code, and the first signal that came, or 0. Outside the main thread none is heard.
+    """
+    received: list[int] = []
+    running: subprocess.Popen[bytes] | None = None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if running:
+            running.send_signal(number)
+
+    heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handle) for number in heard}
+    try:
+        running = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
+        for number in tuple(received):  # before it was there
+            running.send_signal(number)
+        code = running.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, received[0] if received else 0
 
 
 def compare_with_stock(model_path: Path, inputs: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -27,7 +27,8 @@ def origin_of(model: SentenceTransformer, folder: Path) -> str | None:
         folder: The index folder, resolved.
 
     Returns:
-        A Hub id or a folder; ``None`` for a model that was made in memory.
+        A Hub id or a folder; ``None`` for a model that was made in memory. One that was changed in memory since it was
+        loaded is not told apart: the fingerprint does that, when the index is opened.
     """
     source = getattr(getattr(model, "tokenizer", None), "name_or_path", None)  # 1
     if not source or not is_finished_model(source, {"local_files_only": True}):  # 2
@@ -53,12 +54,13 @@ def place_of(origin: str, folder: Path) -> Path | str:
     return origin
 
 
-def load_origin(origin: str | None, folder: Path, device: str | None = None) -> ViPyloQwen:
+def load_origin(origin: str | None, folder: Path, dim: int, device: str | None = None) -> ViPyloQwen:
     """Load the model that an index remembers, as ``ViPyloQwen`` loads any: safetensors, and no code of a folder.
 
     Args:
         origin: What the index says.
         folder: The index folder, resolved.
+        dim: Dimensions of the index's vectors; a model of more is cut to them, as it was when the index was built.
         device: Where the model goes; by default the best at hand.
 
     Raises:
@@ -74,6 +76,9 @@ def load_origin(origin: str | None, folder: Path, device: str | None = None) -> 
     if isinstance(place, Path) and not place.is_dir():
         raise ValueError(f"{built}, which is not there: give the model.")
     try:
-        return ViPyloQwen(place, device=device)
+        model = ViPyloQwen(place, device=device)
     except (ValueError, OSError) as error:
         raise ValueError(f"{built}, which cannot be loaded: give the model. What went wrong: {error}") from error
+    if model.get_embedding_dimension() > dim:
+        model.truncate_dim = dim
+    return model

@@ -126,8 +126,11 @@ class VectorIndex:
         folder, named = Path(folder).resolve(), "the model given"
         if model is None:
             manifest = read_manifest(folder)
-            model = load_origin(manifest.model, folder, device)
-            named = f"the model at {place_of(manifest.model, folder)}, where that one was,"
+            model = load_origin(manifest.model, folder, manifest.dim, device)
+            named = (
+                f"the model at {place_of(manifest.model, folder)}, from which that one was loaded (it may have been "
+                "trained on, or loaded with other options, such as a dtype),"
+            )
         elif device is not None:
             raise ValueError(f"device is {device!r}, but a model was given: allowed is one of the two.")
         known = fingerprint(model)

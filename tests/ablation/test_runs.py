@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.ablation import runs as module
@@ -137,12 +137,40 @@ def test_a_model_for_one_task_has_that_task_s_share_of_the_steps(
     passes = make_recipe(tmp_path, **{**given, "max_steps": 0, "epochs": 2.0})
     recipes = {run.variant.name: run.recipe for run in plan(passes, names, seeds=1)}
     assert (recipes["full"].epochs, recipes["only_instr"].epochs) == (2.0, 1.5)
-    with pytest.raises(ValueError, match=r"Variant only_ocr: the data has \['instr', 'text_pair'\] alone"):
+    with pytest.raises(ValueError, match=r"only_ocr: its share of the steps is not known.*\['instr', 'text_pair'\]"):
         plan(make_recipe(tmp_path, **given), ["only_ocr"], seeds=1)
-    with pytest.raises(
-        ValueError, match=r"the recipe has mix \{'text': 1.0\}.*leave out the variants for a single task"
-    ):
-        plan(make_recipe(tmp_path, **given, mix={"text": 1.0}), ["only_instr"], seeds=1)
+    with pytest.raises(ValueError, match=r"only_instr: its mix is its task alone; got \{'text': 1.0\}"):
+        plan(make_recipe(tmp_path, **given), ["only_instr"], seeds=1, own={"only_instr": {"mix": {"text": 1.0}}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "single"),
+    [
+        ({}, {"only_instr", "only_ocr"}),
+        ({"mix": {"instr": 1.0, "ocr": 0.0}}, {"only_instr"}),
+        ({"mix": {"text": 1.0, "multimodal": 1.0}}, set()),
+        ({"mix_temperature": 0.5}, set()),
+        ({"sampling": "round_robin"}, set()),
+        ({"best_metric": "mean", "eval_steps": 1}, set()),
+    ],
+)
+def test_models_for_one_task_are_tried_where_they_are_fair_peers(
+    make_recipe: MakeRecipe, records: Path, tmp_path: Path, settings: dict[str, Any], single: set[str]
+) -> None:
+    """All variants are the default, whatever tasks the data has; those that do not fit are only refused by name."""
+    lines = [line for line in records.read_text().splitlines() if json.loads(line).get("task") in ("instr", "ocr")]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    for image in records.parent.glob("*.png"):
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    recipe = make_recipe(tmp_path, train=str(tmp_path / "train.jsonl"), **settings)
+    for name in ("only_instr", "only_ocr"):
+        if name in single:
+            assert plan(recipe, [name], seeds=1)
+        else:
+            with pytest.raises(ValueError, match=f"Variant {name}: its share of the steps is not known"):
+                plan(recipe, [name], seeds=1)
+    if not settings:
+        assert {name for name, _ in names_of(plan(recipe, seeds=1)) if name.startswith("only_")} == single
 
 
 def test_every_variant_is_tried_before_any_is_tried_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -220,9 +248,12 @@ def test_processes_share_the_runs(make_recipe: MakeRecipe, tmp_path: Path, monke
 
     def counted(recipe: Recipe, device: str | None) -> Any:
         trained.append((Path(recipe.output).parent.name, recipe.seed))
+        with pytest.raises(Timeout):  # it is ours now
+            FileLock(f"{recipe.output}.lock").acquire(timeout=0)
         return train(recipe, device=device)
 
     monkeypatch.setattr(module, "train", counted)
+    monkeypatch.setattr(module, "LOOK_AGAIN", 0)
     runs = {(run.variant.name, run.recipe.seed): run for run in plan(recipe, ["prefix_forgotten", "one_mix"], seeds=2)}
     theirs = {
         name: FileLock(f"{run.folder}.lock") for name, run in runs.items() if name in [("full", 5), ("one_mix", 6)]

@@ -2,16 +2,24 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
+from typer.testing import CliRunner
 
+from sentence_vipyloqwen.cli import app
 from sentence_vipyloqwen.demo import run
 from sentence_vipyloqwen.demo.data import DemoSizes
 from sentence_vipyloqwen.index import VectorIndex
 from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 from sentence_vipyloqwen.train.recipe import load_recipe
 
 SMALL = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "embedding_dim": 16}
@@ -56,8 +64,45 @@ def test_what_a_training_begins_with_is_that_of_the_whole_job(tmp_path: Path) ->
 
 def test_processes_that_fail_end_the_demo(base: Path, tmp_path: Path) -> None:
     settings = {"base": str(base), "train": [str(tmp_path / "none.jsonl")], "output": str(tmp_path / "training")}
-    with pytest.raises(RuntimeError, match="The 2 processes of the training ended with exit code 1"):
+    with pytest.raises(ProcessLost, match="The 2 processes of the training ended with exit code 1"):
         run._train(load_recipe("tiny.yaml", settings), 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_told_of(tmp_path: Path, number: signal.Signals) -> None:
+    program = f"""
+import pathlib, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])
+pathlib.Path("ready").touch()
+raise SystemExit(signal.sigwait([{int(number)}]))
+"""
+    (tmp_path / "program.py").write_text(program)
+    before = [signal.getsignal(of) for of in (signal.SIGTERM, signal.SIGINT)]
+
+    def send() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    code = ["sh", "-c", f"cd {tmp_path} && exec {sys.executable} program.py"]
+    assert run.run_listening(code, {}) == (number, number)
+    sender.join()
+    assert [signal.getsignal(of) for of in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_an_interrupted_demo_ends_as_a_shell_expects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise TrainingInterrupted("Signal 15.", signal.SIGTERM)
+
+    monkeypatch.setattr(run, "run_demo", interrupted)
+    assert CliRunner().invoke(app, ["demo", str(tmp_path)]).exit_code == 143
+
+
+def test_a_demo_that_shows_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="setting eval is None"):
+        run.run_demo(tmp_path, sizes=DemoSizes().scaled(0.01), overrides={"eval": None})
 
 
 def test_vectors_that_disagree_stop_the_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from peft import LoraConfig
 
@@ -137,14 +138,31 @@ def test_another_model_in_its_place_is_refused_and_named(base: Path, home: Path)
     place = home / "models" / "a"
     shutil.rmtree(place)
     ViPyloQwen.create(base, embedding_dim=32, seed=1, device="cpu").save_pretrained(str(place))
-    with pytest.raises(ValueError, match=f"the model at {place}, where that one was, is .*differ in: weights"):
+    with pytest.raises(ValueError, match=f"the model at {place}, from which that one was loaded .*differ in: weights"):
         VectorIndex.load(home / "index", device="cpu")
+
+
+def test_a_model_that_was_changed_since_it_was_loaded_is_refused_and_the_ways_told(home: Path) -> None:
+    model = load(home / "models" / "a")
+    with torch.no_grad():
+        model[2].linear.weight.mul_(2).add_(0.1)
+    VectorIndex.build(model, ITEMS, home / "other")
+    with pytest.raises(ValueError, match=r"\(it may have been trained on, or loaded with other options.*in: weights"):
+        VectorIndex.load(home / "other", device="cpu")
+
+
+def test_vectors_that_were_cut_are_searched_by_vectors_cut_alike(home: Path) -> None:
+    model = ViPyloQwen(home / "models" / "a", device="cpu", truncate_dim=8)
+    given = VectorIndex.build(model, ITEMS, home / "short")
+    found = VectorIndex.load(home / "short", device="cpu")
+    assert found.info()["dim"] == 8
+    assert found.search("hai") == given.search("hai")
 
 
 def test_a_device_is_for_the_remembered_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device is 'cpu', but a model was given"):
         VectorIndex.load(home / "index", load(home / "models" / "a"), device="cpu")
-    assert load_origin("../models/a", home / "index", "meta").device.type == "meta"
+    assert load_origin("../models/a", home / "index", 32, "meta").device.type == "meta"
 
 
 # --- index.json ---

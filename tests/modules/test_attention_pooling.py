@@ -215,6 +215,10 @@ def test_who_loads_a_folder_with_it(attentive: ViPyloQwen, picture: Picture, tmp
 
     loaded = ViPyloQwen(tmp_path / "ours", device="cpu")
     assert type(loaded[1]) is AttentionPooling
+    loaded.save_pretrained(str(tmp_path / "again"), model_name="someone/a-model")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert 'SentenceTransformer("someone/a-model", trust_remote_code=True)' in card
+    assert "sentence_transformers_model_id" not in card
     np.testing.assert_array_equal(loaded.encode(inputs), expected)
 
     with pytest.raises(ValueError, match=r"AttentionPooling', which is not part of Sentence Transformers"):
