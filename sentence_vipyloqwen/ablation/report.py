@@ -25,7 +25,7 @@ from sentence_vipyloqwen.files import replacing
 from sentence_vipyloqwen.pages import load_markdown, load_template
 
 PAGE_FILE, MARKDOWN_FILE = "ablation.html", "ablation.md"
-DIFFERENCES_PLOT, VALUES_PLOT = "differences", "values"
+DIFFERENCES_PLOT, VALUES_PLOT, CURVES_PLOT = "differences", "values", "curves"
 _PACKAGE = "sentence_vipyloqwen.ablation"
 _FORMATS = ("png", "svg")
 _DPI = 150
@@ -44,8 +44,8 @@ def write_report(output: str | Path) -> Path:
     """Write the page and the plots of an ablation's raw results, as far as there are some.
 
     Args:
-        output: Its folder, with ``results.json``. It receives ``ablation.html``, ``ablation.md``, ``differences`` and
-            ``values``, each as PNG and SVG.
+        output: Its folder, with ``results.json``. It receives ``ablation.html``, ``ablation.md``, ``differences``,
+            ``values`` and, where runs trained, ``curves``, each as PNG and SVG.
 
     Returns:
         The page.
@@ -58,6 +58,8 @@ def write_report(output: str | Path) -> Path:
     runs = load_results(output)
     results = summarise(runs)
     plots = {DIFFERENCES_PLOT: draw_differences(results), VALUES_PLOT: draw_values(results)}
+    if any(result.curves for result in results):
+        plots[CURVES_PLOT] = draw_curves(results)
     for name, drawn in plots.items():
         for kind in _FORMATS:
             with replacing(output / f"{name}.{kind}") as draft:
@@ -199,8 +201,27 @@ def draw_values(results: Sequence[VariantResult]) -> dict[str, bytes]:
     return _files(figure)
 
 
+def draw_curves(results: Sequence[VariantResult]) -> dict[str, bytes]:
+    """For each task, its InfoNCE in training by step, a line for each variant: the mean over its seeds."""
+    trained = [result for result in results if result.curves]
+    tasks = list(dict.fromkeys(task for result in trained for task in result.curves))
+    palettes = require("matplotlib", "demo").color_sequences
+    colours = palettes["tab10"] if len(trained) <= len(palettes["tab10"]) else palettes["tab20"]
+    figure, panels = _panels(len(tasks), 1, inches_a_row=1.9)
+    lines = {}
+    for panel, task in zip(panels, tasks, strict=True):
+        for number, result in enumerate(trained):
+            if points := result.curves.get(task):
+                style = {"color": _INK, "linewidth": 2} if number == 0 else {"color": colours[number % len(colours)]}
+                (lines[result.variant.name],) = panel.plot(list(points), list(points.values()), **style)
+        panel.set_title(f"{task}: InfoNCE by step", fontsize=10, loc="left")
+        panel.grid(color=_EQUAL, alpha=0.25)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=_ACROSS, frameon=False)
+    return _files(figure)
+
+
 def _panels(count: int, rows: int, inches_a_row: float) -> tuple[Any, Sequence[Any]]:
-    """A figure of as many panels, which share the names of the variants."""
+    """A figure of as many panels; what they have in common, such as names of variants, stands beside the first."""
     figures = require("matplotlib.figure", "demo")
     across = min(count, _ACROSS)
     down = -(-count // across)

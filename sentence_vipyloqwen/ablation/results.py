@@ -101,6 +101,7 @@ class VariantResult:
         variant: The variant.
         figures: ``"mean"`` and each task -> its figure over the seeds; empty where every run failed.
         differences: The same -> the difference to the variant it is compared with, as far as there is one.
+        curves: Task -> logged step -> its InfoNCE in training, the mean over the seeds; empty of what trains nothing.
         failed: Seeds whose run failed.
         seconds: Of all its runs.
     """
@@ -108,6 +109,7 @@ class VariantResult:
     variant: Variant
     figures: Mapping[str, Spread]
     differences: Mapping[str, Difference]
+    curves: Mapping[str, Mapping[int, float]]
     failed: Sequence[int]
     seconds: float
 
@@ -163,6 +165,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
             variant=VARIANTS[name],
             figures=figures[name],
             differences=_differences(figures[name], figures.get(VARIANTS[name].against or "", {})),
+            curves=_curves(of, VARIANTS[name].only),
             failed=[run["seed"] for run in of if run["after"] is None],
             seconds=sum(run["seconds"] for run in of),
         )
@@ -209,6 +212,16 @@ def _spreads(runs: Sequence[Mapping[str, Any]], only: str | None) -> dict[str, S
             if only in (None, name):
                 by_name.setdefault(name, {})[run["seed"]] = value
     return {name: Spread(by_seed) for name, by_seed in by_name.items()}
+
+
+def _curves(runs: Sequence[Mapping[str, Any]], only: str | None) -> dict[str, dict[int, float]]:
+    """What the runs logged; of a variant that is for one task, that task's only."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        for task, points in run["curves"].items():
+            for step, value in points if only in (None, task) else ():
+                found.setdefault(task, {}).setdefault(step, []).append(value)
+    return {task: {step: float(np.mean(of)) for step, of in sorted(steps.items())} for task, steps in found.items()}
 
 
 def _differences(own: Mapping[str, Spread], other: Mapping[str, Spread]) -> dict[str, Difference]:

@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +37,11 @@ from sentence_vipyloqwen.ablation.results import RESULTS_FILE
 from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS, Variant, with_needed
 from sentence_vipyloqwen.files import measure, replacing
 from sentence_vipyloqwen.model import ViPyloQwen
+from sentence_vipyloqwen.tasks import INFO_NCE
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.build import CHECKPOINTS, model_options
 from sentence_vipyloqwen.train.evaluation import evaluate
+from sentence_vipyloqwen.train.progress import LOG_FILE, read_log
 from sentence_vipyloqwen.train.recipe import BY_ROWS, Recipe, load_recipe
 from sentence_vipyloqwen.train.records import read_records
 from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
@@ -377,11 +379,23 @@ def _read_done(run: Run, data: Settings) -> bool:
 
 
 def write_results(output: Path) -> None:
-    """Gather every run in the folder, failed ones too, in the order of the table."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob(f"{RUNS_FOLDER}/*/*/{RUN_FILE}")]
+    """Gather every run in the folder, failed ones too, in the order of the table, with what it logged."""
+    paths = output.glob(f"{RUNS_FOLDER}/*/*/{RUN_FILE}")
+    found = [{**json.loads(path.read_text(encoding="utf-8")), "curves": _curves(path.parent)} for path in paths]
     order = list(VARIANTS)
     found.sort(key=lambda run: (order.index(run["variant"]), run["seed"]))
     _write(output / RESULTS_FILE, {"runs": found})
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Task -> step and its InfoNCE in the steps up to there; empty of a run that trained nothing."""
+    curves = defaultdict(list)
+    for entry in read_log(folder / LOG_FILE):
+        for key, value in entry.items():
+            task, slash, what = key.partition("/")
+            if what == INFO_NCE:
+                curves[task].append((entry["step"], value))
+    return dict(curves)
 
 
 def _write(path: Path, content: Settings) -> None:

@@ -15,7 +15,16 @@ from sentence_vipyloqwen.ablation.report import by_chance, write_report
 from sentence_vipyloqwen.ablation.results import RULE, chance, summarise
 
 RunOf = Callable[..., dict[str, Any]]
-FILES = ["ablation.html", "ablation.md", "differences.png", "differences.svg", "values.png", "values.svg"]
+FILES = [
+    "ablation.html",
+    "ablation.md",
+    "curves.png",
+    "curves.svg",
+    "differences.png",
+    "differences.svg",
+    "values.png",
+    "values.svg",
+]
 
 
 class Tags(HTMLParser):
@@ -96,6 +105,12 @@ def test_equal_results_give_equal_files(runs: list[dict[str, Any]], tmp_path: Pa
         write(tmp_path / name, runs)
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_runs_that_trained_nothing_have_no_curves(run_of: RunOf, tmp_path: Path) -> None:
+    page = write(tmp_path, [{**run_of("full", 0, 0.5, ocr=0.5), "curves": {}}]).read_text(encoding="utf-8")
+    assert "Learning curves" not in page
+    assert not list(tmp_path.glob("curves.*"))
 
 
 def test_the_reference_alone_is_a_page_too(run_of: RunOf, tmp_path: Path) -> None:

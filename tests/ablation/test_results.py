@@ -108,6 +108,17 @@ def test_a_model_for_one_task_is_compared_in_that_task_alone(run_of: RunOf) -> N
     assert alone.answer() == "ocr: 0.800; full has no run to compare it with yet."
 
 
+def test_curves_are_means_over_the_seeds(run_of: RunOf) -> None:
+    runs = [
+        *(run_of("full", seed, 0.5 + seed, ocr=0.6, instr=0.5) for seed in (0, 1)),
+        run_of("only_ocr", 0, 0.5, ocr=0.8, instr=0.0),
+        run_of("one_mix", 0, None),
+    ]
+    full, mix, ocr = summarise(runs)
+    assert full.curves == {task: {1: 3.0, 2: 1.0} for task in ("ocr", "instr")}
+    assert (mix.curves, ocr.curves) == ({}, {"ocr": {1: 3.0, 2: 1.5}})
+
+
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no results.json: nothing has been run there"):
         load_results(tmp_path)

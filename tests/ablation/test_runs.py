@@ -18,6 +18,7 @@ from sentence_vipyloqwen.ablation.runs import Run, ablate, plan
 from sentence_vipyloqwen.ablation.variants import VARIANTS
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.evaluation import evaluate
+from sentence_vipyloqwen.train.progress import read_log
 from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.run import train
 
@@ -98,6 +99,15 @@ def test_results_name_no_place(everything: tuple[Path, list[str]], base: Path) -
     text = (everything[0] / "results.json").read_text(encoding="utf-8")
     for place in (base, everything[0], Path.cwd(), Path.home()):
         assert str(place) not in text
+
+
+def test_results_have_the_curves_that_runs_logged(everything: tuple[Path, list[str]]) -> None:
+    logged = read_log(everything[0] / "runs" / "full" / "seed-5" / "log.jsonl")
+    curves = {run["variant"]: run["curves"] for run in results_of(everything[0])}
+    expected = [[entry["step"], entry["ocr/info_nce"]] for entry in logged if "ocr/info_nce" in entry]
+    assert expected
+    assert curves["full"]["ocr"] == expected
+    assert curves["prefix_forgotten"] == {}
 
 
 def test_checkpoints_of_a_run_that_is_done_are_gone(everything: tuple[Path, list[str]]) -> None:
