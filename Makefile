@@ -31,7 +31,7 @@ ablation: .venv/installed  ## What each part of the method is worth: 18 training
 	    OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/vipyloqwen ablate --recipe tiny.yaml --seeds 3 \
 	        --base ablation-output/demo/base --train ablation-output/demo/data/train.jsonl \
 	        --eval ablation-output/demo/data/eval.jsonl --output ablation-output \
-	        --set max_steps=1700 --set save_steps=400 $(ABLATED:%=--variant %) & \
+	        --set max_steps=1700 --set eval_steps=0 --set save_steps=400 $(ABLATED:%=--variant %) & \
 	    processes="$$processes $$!"; \
 	done; for process in $$processes; do wait $$process || exit 1; done
 	mkdir -p docs/ablation && cp ablation-output/results.json docs/ablation/

@@ -2,7 +2,7 @@
 
     make bench                                             # speed: benchmarks/results.md
     make demo
-    .venv/bin/python docs/write_figures.py demo-output     # quality: the demo's metrics.json, kept as docs/demo.json
+    .venv/bin/python docs/write_figures.py demo-output     # quality: the demo's figures and curves, kept here
     make ablation                                          # what each part is worth: docs/ablation/results.json
     .venv/bin/python docs/write_figures.py                 # from what is kept, without a demo
 
@@ -22,10 +22,13 @@ from typing import Any
 from sentence_vipyloqwen.ablation.report import cell, change, write_report
 from sentence_vipyloqwen.ablation.results import MEAN, load_results, summarise
 from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS
+from sentence_vipyloqwen.model_card import CURVES_FILE
+from sentence_vipyloqwen.train.run import MODEL
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS, DEMO, ABLATION = ROOT / "benchmarks" / "results.md", DOCS / "demo.json", DOCS / "ablation"
+CURVES = DOCS / "demo_curves.svg"
 
 ENCODE, TRAINING = "Encode, against stock SentenceTransformer", "Training step, against stock SentenceTransformer"
 RATIO = "times faster"
@@ -55,6 +58,7 @@ ENGLISH = {
     "counts": "({queries} queries, {candidates} candidates)",
     "pairs": "({queries} pairs)",
     "lines": ", unseen lines alone",
+    "captions": ", pictures of shapes alone",
     "ablation": "| variant | what is changed | mean of the tasks | difference | tasks that differ beyond the spread |",
     "changes": {variant.name: variant.change for variant in VARIANTS.values()},
     "against": "{difference}, against `{other}`",
@@ -73,6 +77,7 @@ VIETNAMESE = {
     "counts": "({queries} truy vấn, {candidates} ứng viên)",
     "pairs": "({queries} cặp)",
     "lines": ", riêng các dòng chữ chưa thấy",
+    "captions": ", riêng ảnh các hình",
     "ablation": "| biến thể | thay đổi | trung bình các tác vụ | chênh lệch | tác vụ chênh lệch vượt quá độ phân tán |",
     "changes": {
         "full": "không đổi gì",
@@ -92,6 +97,7 @@ def main(arguments: list[str]) -> None:
     """Keep the demo's figures, where its folder is given, and write the tables."""
     for folder in arguments:
         shutil.copyfile(Path(folder, "metrics.json"), DEMO)
+        shutil.copyfile(Path(folder, "training", MODEL, CURVES_FILE), CURVES)
     write_report(ABLATION)
     for name, words in READMES.items():
         file = ROOT / name
@@ -147,9 +153,17 @@ def demo_table(metrics: Mapping[str, Any], words: Mapping[str, Any]) -> str:
     for task, measure in HEADLINES:
         before, after = (metrics[when]["tasks"][task] for when in ("before", "after"))
         lines.append(_line(task, after, measure, _figure(before, measure), words))
+    before, after = (_captions(metrics[when]) for when in ("before", "after"))
+    lines.append(_line("general", after, "recall@10", _figure(before, "recall@10"), words, words["captions"]))
     alone = metrics["ocr_lines"]["tasks"]["ocr"]
     lines += [_line("ocr", alone, measure, "–", words, words["lines"]) for measure in ("recall@1", "recall@10")]
     return "\n".join([words["figures"], "|---|---|---|---|", *lines]) + "\n"
+
+
+def _captions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Pictures asked for their captions, among the captions of pages as well."""
+    task = evaluation["tasks"]["general"]
+    return {**task["domain"]["caption"], "candidates": task["candidates"]}
 
 
 def _line(

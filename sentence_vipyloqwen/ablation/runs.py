@@ -133,12 +133,15 @@ def plan(
         raise ValueError(f"seeds is {seeds}; allowed is at least 1.")
     if not recipe.eval:
         raise ValueError("An ablation needs held-out records: setting eval is None; allowed is a JSONL file.")
-    own, shares = own or {}, _shares(recipe)
-    variants = with_needed(names or (name for name, of in VARIANTS.items() if of.only is None or of.only in shares))
+    own, chosen = own or {}, list(names)
+    variants = with_needed(chosen or VARIANTS)
+    trains = [variant.name for variant in variants if not variant.model_of and variant.name != FULL]
+    if unknown := sorted(set(own) - set(trains)):
+        raise ValueError(f"Settings are given for the variants {unknown}; among those that train are {trains}.")
+    shares = _shares(recipe) if any(variant.only for variant in variants) else {}
+    if not chosen:
+        variants = [variant for variant in variants if variant.only is None or variant.only in shares]
     trained = {variant.name: variant for variant in variants if not variant.model_of}
-    if unknown := sorted(set(own) - set(trained) | {FULL} & set(own)):
-        allowed = [name for name in trained if name != FULL]
-        raise ValueError(f"Settings are given for the variants {unknown}; among those that train are {allowed}.")
     recipes = {name: _recipe_of(variant, recipe, own.get(name, {}), shares) for name, variant in trained.items()}
     for name, variant in trained.items():
         if variant.against and recipes[name] == recipes[variant.against]:

@@ -14,8 +14,9 @@ def demo(
     output: Annotated[Path, typer.Argument(help="Folder for data, model, index and pages.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer end sooner and learn less.")] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes that train together, each with as many rows a step.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, help="Processes that train together, each with 64 rows a step: 2, if there are 2 cores."),
+    ] = None,
     data_only: Annotated[
         bool, typer.Option("--data-only", help="Make data and base alone, as for `vipyloqwen ablate`.")
     ] = False,
@@ -24,17 +25,17 @@ def demo(
 
     Needs no GPU, no network and no model from a hub. Ends with a page of results to open in a browser.
     """
-    from sentence_vipyloqwen.demo.run import prepare_demo, run_demo
+    from sentence_vipyloqwen.demo.run import PROCESSES, prepare_demo, run_demo
     from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 
     if data_only:
-        if steps or processes > 1:
+        if steps or processes:
             raise ValueError("--data-only trains nothing: leave out --steps and --processes.")
         prepare_demo(output, console=make_screen())
         return
     overrides = {"max_steps": steps} if steps else None
     try:
-        run_demo(output, overrides=overrides, processes=processes, console=make_screen())
+        run_demo(output, overrides=overrides, processes=processes or PROCESSES, console=make_screen())
     except (ProcessLost, TrainingInterrupted) as error:
         tell_error(error)
         raise typer.Exit(getattr(error, "exit_code", 1)) from error

@@ -46,6 +46,9 @@ A random Qwen2-VL checkpoint, made by the demo of sentence-vipyloqwen.
 """The base's own card, from which the trained model's card has its licence."""
 
 VOCABULARY = 3000
+PROCESSES = min(2, os.cpu_count() or 1)
+"""Two of one thread each compute 1.7 times the rows of one with two threads: its operations are too small to share."""
+
 PAGE_FILE = "search.html"
 COSINE_FLOOR = 0.9999
 ANSWERED = ("ocr", "vqa_single", "vqa_multi")
@@ -89,7 +92,7 @@ def run_demo(
     sizes: DemoSizes = DemoSizes(),  # noqa: B008 - frozen
     overrides: dict[str, Any] | None = None,
     seed: int = 0,
-    processes: int = 1,
+    processes: int = PROCESSES,
     console: Console | None = None,
 ) -> DemoResult:
     """Do the whole job: data, base, create, train, evaluate, save, load, index, search.
