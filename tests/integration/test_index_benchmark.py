@@ -19,6 +19,6 @@ def test_usearch_beside_ours(
     monkeypatch.syspath_prepend(BENCHMARKS)
     runpy.run_path(str(BENCHMARKS / "index.py"), run_name="__main__")
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    recalls = {name: float(cells[-1]) for name, *cells in lines[1:]}
+    recalls = {name: float(cells[-1]) for name, *cells in lines if name != "kind"}  # a table after each kind
     assert set(recalls) == {"HNSW", "usearch"}
     assert min(recalls.values()) > 0.9
