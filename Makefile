@@ -5,7 +5,7 @@ OUTPUT ?= demo-output
 
 .PHONY: demo test test-integration check bench ablation figures clean
 
-demo: .venv/installed  ## The whole job on a tiny model, about 15 minutes on two cores
+demo: .venv/installed  ## The whole job on a tiny model, about 20 minutes on two cores
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/vipyloqwen demo $(OUTPUT)
 
 test: .venv/installed check  ## Style and every test

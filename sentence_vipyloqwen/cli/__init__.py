@@ -16,7 +16,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Train, run and index one embedding space for text and images on Qwen2-VL.\n\n"
-    "New here? `vipyloqwen demo` does the whole job on a tiny model in a quarter of an hour.",
+    "New here? `vipyloqwen demo` does the whole job on a tiny model in twenty minutes.",
 )
 for command in (
     models.demo,
