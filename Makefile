@@ -37,7 +37,7 @@ ablation: .venv/installed  ## What each part of the method is worth: 18 training
 	mkdir -p docs/ablation && cp ablation-output/results.json docs/ablation/
 	$(BIN)/python docs/write_figures.py
 
-figures: .venv/installed-integration  ## Every figure of READMEs and docs anew, some five hours on two cores: CONTRIBUTING.md
+figures: .venv/installed-integration  ## Every figure of READMEs and docs anew, several hours on two cores: CONTRIBUTING.md
 	rm -rf $(OUTPUT) ablation-output
 	$(MAKE) bench demo ablation
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/index.py --rows 100000 --rounds 7 --output benchmarks/index.md

@@ -242,6 +242,7 @@ def ablate(
     labels = {run.folder: f"{number}/{len(runs)}  {run.name}" for number, run in enumerate(runs, 1)}
 
     def settle(run: Run) -> None:
+        """Do a run unless it is done; ``_UnderWay`` if another process has it."""
         with _alone(run):
             done = _read_done(run, data)
             tell(f"{labels[run.folder]}: {'done before' if done else run.variant.change}")

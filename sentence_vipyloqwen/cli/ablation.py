@@ -60,8 +60,9 @@ def ablate(
     does the runs that no other has under way.
 
     **What the output holds.** `ablation.html`: questions, answers, figures with their spread over the seeds, every run;
-    it is written anew after each. `ablation.md`: the same for a repository. `differences` and `values` as PNG and SVG.
-    `results.json`: every figure and setting. `runs/VARIANT/seed-N/`: what `vipyloqwen train` leaves.
+    it is written anew after each. `ablation.md`: the same for a repository. `differences`, `values` and learning
+    `curves` as PNG and SVG. `results.json`: every figure and setting. `runs/VARIANT/seed-N/`: what `vipyloqwen train`
+    leaves.
 
     **What counts.** A difference to the reference counts only where it exceeds the spread of both sides.
 
