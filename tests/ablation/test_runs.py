@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.ablation import runs as module
-from sentence_vipyloqwen.ablation.runs import Run, ablate, plan
+from sentence_vipyloqwen.ablation.plan import Run, plan
+from sentence_vipyloqwen.ablation.runs import ablate
 from sentence_vipyloqwen.ablation.variants import VARIANTS
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.evaluation import evaluate

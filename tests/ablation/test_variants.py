@@ -10,7 +10,7 @@ import torch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from sentence_vipyloqwen import CachedPrefixRoutedLoss
-from sentence_vipyloqwen.ablation.runs import plan
+from sentence_vipyloqwen.ablation.plan import plan
 from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS, with_needed
 from sentence_vipyloqwen.losses.prefix_routed import TERMS
 from sentence_vipyloqwen.tasks import ALL_TASKS, TASKS
