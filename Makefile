@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= demo-output
 
+.NOTPARALLEL:  # what is measured has the machine to itself
 .PHONY: demo test test-integration check bench ablation figures clean
 
 demo: .venv/installed  ## The whole job on a tiny model, about 20 minutes on two cores
@@ -25,30 +26,41 @@ bench: .venv/installed  ## Against stock sentence-transformers, memory, a profil
 	$(BIN)/python benchmarks/where_time_goes.py --output benchmarks/results.md
 
 ABLATED = info_nce_only one_mix published_pair_weight published_triplet no_prefix prefix_forgotten
-ablation: .venv/installed  ## What each part of the method is worth: 18 trainings, over an hour and a half on two cores
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/vipyloqwen demo ablation-output/demo --data-only
-	trap 'kill $$processes 2>/dev/null' EXIT INT TERM; for process in 1 2; do \
-	    OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/vipyloqwen ablate --recipe tiny.yaml --seeds 3 \
-	        --base ablation-output/demo/base --train ablation-output/demo/data/train.jsonl \
-	        --eval ablation-output/demo/data/eval.jsonl --output ablation-output \
-	        --set max_steps=1700 --set eval_steps=0 --set save_steps=400 $(ABLATED:%=--variant %) & \
-	    processes="$$processes $$!"; \
-	done; for process in $$processes; do wait $$process || exit 1; done
+ONCE = last_token_pooling attention_pooling in_batch grad_cache
+ONCE_SETTINGS = in_batch.accumulation=8 grad_cache.batch_size=192
+ABLATION_DATA = vqa_questions=7 vqa_multi=3000 captions=2000 lines=15000 text_pairs=3000 instructions=2500
+ABLATE = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/vipyloqwen ablate --recipe docs/ablation.yaml \
+    --base ablation-output/demo/base --train ablation-output/demo/data/train.jsonl \
+    --eval ablation-output/demo/data/eval.jsonl --output ablation-output
+define IN_TWO_PROCESSES
+trap 'kill $$processes 2>/dev/null' EXIT INT TERM; for process in 1 2; do \
+    $(1) & processes="$$processes $$!"; \
+done; for process in $$processes; do wait $$process || exit 1; done
+endef
+ablation: .venv/installed  ## What each part of the method is worth: three seeds of ABLATED, one of ONCE; some three hours
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/vipyloqwen demo ablation-output/demo --data-only $(ABLATION_DATA:%=--size %)
+	$(call IN_TWO_PROCESSES,$(ABLATE) --seeds 3 $(ABLATED:%=--variant %))
+	$(call IN_TWO_PROCESSES,$(ABLATE) --seeds 1 $(ONCE:%=--variant %) $(ONCE_SETTINGS:%=--set %))
 	mkdir -p docs/ablation && cp ablation-output/results.json docs/ablation/
 	$(BIN)/python docs/write_figures.py
 
+FIGURES = figures-output
 figures: .venv/installed-integration  ## Every figure of READMEs and docs anew, several hours on two cores: CONTRIBUTING.md
-	rm -rf $(OUTPUT) ablation-output
-	$(MAKE) bench demo ablation
+	@command -v chromium chromedriver || { echo "The pictures need chromium and chromium-driver: CONTRIBUTING.md"; exit 1; }
+	rm -rf $(FIGURES) ablation-output
+	$(MAKE) bench
+	$(MAKE) demo OUTPUT=$(FIGURES)
+	$(BIN)/vipyloqwen mteb $(FIGURES)/training/model --output $(FIGURES)/mteb --json $(FIGURES)/mteb.json
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/index.py --rows 100000 --rounds 7 --output benchmarks/index.md
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/index.py --rows 1000000 --output benchmarks/index.md
-	$(BIN)/python benchmarks/shortlist_recall.py $(OUTPUT)/training/model $(OUTPUT)/data/train.jsonl $(OUTPUT)/data/eval.jsonl \
+	$(BIN)/python benchmarks/shortlist_recall.py $(FIGURES)/training/model $(FIGURES)/data/train.jsonl $(FIGURES)/data/eval.jsonl \
 	    --output benchmarks/index.md
-	$(BIN)/python docs/write_figures.py $(OUTPUT)
-	$(BIN)/python docs/make_pictures.py $(OUTPUT)
+	$(MAKE) ablation
+	$(BIN)/python docs/write_figures.py $(FIGURES)
+	$(BIN)/python docs/make_pictures.py $(FIGURES)
 
 clean:
-	rm -rf .venv build dist *.egg-info $(OUTPUT) ablation-output
+	rm -rf .venv build dist *.egg-info $(OUTPUT) $(FIGURES) ablation-output
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

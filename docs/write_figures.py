@@ -1,12 +1,13 @@
-"""Write the tables of the READMEs anew from what was measured.
+"""Write the tables of the READMEs and of docs/speed.md anew from what was measured.
 
     make bench                                             # speed: benchmarks/results.md
     make demo
+    .venv/bin/vipyloqwen mteb demo-output/training/model --output demo-output/mteb --json demo-output/mteb.json
     .venv/bin/python docs/write_figures.py demo-output     # quality: the demo's figures and curves, kept here
     make ablation                                          # what each part is worth: docs/ablation/results.json
     .venv/bin/python docs/write_figures.py                 # from what is kept, without a demo
 
-A test holds the READMEs to these files, so a figure cannot be changed by hand.
+A test holds these pages to these files, so a figure cannot be changed by hand.
 """
 
 from __future__ import annotations
@@ -19,19 +20,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sentence_vipyloqwen.ablation.report import cell, change, write_report
+from sentence_vipyloqwen.ablation.report import cell, change, tame, write_report
 from sentence_vipyloqwen.ablation.results import MEAN, load_results, summarise
 from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS
 from sentence_vipyloqwen.model_card import CURVES_FILE
+from sentence_vipyloqwen.tasks import TASKS
 from sentence_vipyloqwen.train.run import MODEL
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS, DEMO, ABLATION = ROOT / "benchmarks" / "results.md", DOCS / "demo.json", DOCS / "ablation"
-CURVES = DOCS / "demo_curves.svg"
+SPEED, CURVES, MTEB = DOCS / "speed.md", DOCS / "demo_curves.svg", DOCS / "mteb.json"
 
 ENCODE, TRAINING = "Encode, against stock SentenceTransformer", "Training step, against stock SentenceTransformer"
-RATIO = "times faster"
+RATIO, SHARE = "times faster", "share of rate"
+AIMS = (
+    ("64 texts", ENCODE, "text", RATIO, "3.5"),
+    ("256 texts", ENCODE, "many-texts", RATIO, "3.5"),
+    ("images", ENCODE, "images", RATIO, "1.5"),
+    ("text + image", ENCODE, "mixed", RATIO, "2.5"),
+    ("8 questions on each page", ENCODE, "shared", RATIO, "6"),
+    ("each input 4 times", ENCODE, "duplicates", RATIO, "4"),
+    ("never slower: inputs one by one", ENCODE, "single", RATIO, "1"),
+    ("training step, text + image", TRAINING, "mixed", RATIO, "2"),
+    ("training step, 8 questions on each page", TRAINING, "shared", RATIO, "4"),
+    ("share of the matrix-product rate, 64 texts", ENCODE, "text", SHARE, "75%"),
+    ("share of the matrix-product rate, 256 texts", ENCODE, "many-texts", SHARE, "75%"),
+    ("share of the matrix-product rate, images", ENCODE, "images", SHARE, "75%"),
+)
+"""What docs/speed.md says was aimed at: its words; section, row and column of the results; the aim."""
 
 HEADLINES = (
     ("vqa_single", "accuracy"),
@@ -59,7 +76,8 @@ ENGLISH = {
     "pairs": "({queries} pairs)",
     "lines": ", unseen lines alone",
     "captions": ", pictures of shapes alone",
-    "ablation": "| variant | what is changed | mean of the tasks | difference | tasks that differ beyond the spread |",
+    "mteb": "| task of mteb | subset | metric | value |",
+    "ablation": ("variant", "what is changed", "seeds", "average of the tasks", "difference", "differ beyond the spread"),
     "changes": {variant.name: variant.change for variant in VARIANTS.values()},
     "against": "{difference}, against `{other}`",
 }
@@ -78,7 +96,8 @@ VIETNAMESE = {
     "pairs": "({queries} cặp)",
     "lines": ", riêng các dòng chữ chưa thấy",
     "captions": ", riêng ảnh các hình",
-    "ablation": "| biến thể | thay đổi | trung bình các tác vụ | chênh lệch | tác vụ chênh lệch vượt quá độ phân tán |",
+    "mteb": "| bài đo của mteb | phần | thước đo | giá trị |",
+    "ablation": ("biến thể", "thay đổi", "seed", "trung bình các tác vụ", "chênh lệch", "chênh quá độ phân tán"),
     "changes": {
         "full": "không đổi gì",
         "info_nce_only": "mọi tác vụ chỉ còn InfoNCE (cặp vẫn có trọng số như trước)",
@@ -87,6 +106,18 @@ VIETNAMESE = {
         "published_triplet": "triplet lấy độ tương đồng đã chia cho nhiệt độ",
         "no_prefix": "chỉ loss thấy tiền tố, cả khi huấn luyện lẫn khi đánh giá",
         "prefix_forgotten": "mô hình của full, hỏi mà không có tiền tố",
+        **{f"no_{task}_prefix": f"chỉ loss thấy <{task}>, cả khi huấn luyện lẫn khi đánh giá" for task in TASKS},
+        "last_token_pooling": "token cuối cùng là embedding",
+        "attention_pooling": "một truy vấn học được định trọng số của các token",
+        "weighted_mean_pooling": "token càng về sau càng nặng trong trung bình",
+        **{f"only_{task}": f"mô hình riêng cho {task}, với số dòng của nó như trong full" for task in TASKS},
+        "mixed_batches": "một lô có nhiều tác vụ; mẫu âm vẫn cùng tác vụ",
+        "all_negatives": "lô nhiều tác vụ, dòng của mọi tác vụ đều là mẫu âm",
+        "in_batch": "mỗi lần đối chiếu 24 dòng như công bố, mỗi bước nhiều lô như thế",
+        "grad_cache": "đối chiếu mọi dòng của một bước như thế với nhau, tính mỗi lần 24 dòng (GradCache)",
+        "cut": "mô hình của full, embedding cắt còn 1/8",
+        "matryoshka": "huấn luyện ở trọn, nửa, phần tư và 1/8 kích thước (Matryoshka)",
+        "matryoshka_cut": "mô hình của matryoshka, embedding cắt còn 1/8",
     },
     "against": "{difference}, so với `{other}`",
 }
@@ -95,18 +126,37 @@ READMES: Mapping[str, Mapping[str, Any]] = {"README.md": ENGLISH, "README.vi.md"
 
 def main(arguments: list[str]) -> None:
     """Keep the demo's figures, where its folder is given, and write the tables."""
-    for folder in arguments:
-        shutil.copyfile(Path(folder, "metrics.json"), DEMO)
-        shutil.copyfile(Path(folder, "training", MODEL, CURVES_FILE), CURVES)
+    for folder in map(Path, arguments):
+        kept = {
+            folder / "metrics.json": DEMO,
+            folder / "mteb.json": MTEB,
+            folder / "training" / MODEL / CURVES_FILE: CURVES,
+        }
+        if missing := [str(path) for path in kept if not path.exists()]:
+            raise FileNotFoundError(f"{', '.join(missing)}: missing. See the commands at the head of this file.")
+        for path, copy in kept.items():
+            shutil.copyfile(path, copy)
     write_report(ABLATION)
+    SPEED.write_text(with_aims(SPEED.read_text(encoding="utf-8")), encoding="utf-8")
     for name, words in READMES.items():
         file = ROOT / name
         file.write_text(with_figures(file.read_text(encoding="utf-8"), words), encoding="utf-8")
 
 
+def with_aims(text: str) -> str:
+    """The text of docs/speed.md with its table written anew."""
+    results, lines = RESULTS.read_text(encoding="utf-8"), []
+    for words, section, row, column, aim in AIMS:
+        reached = section_rows(results, section)[row][column]
+        median, least = (float(figure.split()[0].rstrip("%")) for figure in (reached, aim))
+        lines.append(f"| {words} | {aim} | {reached} | {'' if median >= least else 'missed'} |")
+    return with_region(text, "aims", "\n".join(["| | aim | reached | |", "|---|---|---|---|", *lines]) + "\n")
+
+
 def with_figures(text: str, words: Mapping[str, Any]) -> str:
     """The text of a README with its tables written anew."""
     text = with_region(text, "speed", speed_table(RESULTS.read_text(encoding="utf-8"), words))
+    text = with_region(text, "mteb", mteb_table(json.loads(MTEB.read_text(encoding="utf-8")), words))
     text = with_region(text, "ablation", ablation_table(load_results(ABLATION), words))
     return with_region(text, "figures", demo_table(json.loads(DEMO.read_text(encoding="utf-8")), words))
 
@@ -140,7 +190,10 @@ def speed_table(results: str, words: Mapping[str, Any]) -> str:
 
 def section_rows(results: str, section: str) -> dict[str, dict[str, str]]:
     """The table of a section of ``benchmarks/results.md``: first cell of a row -> column -> cell."""
-    body = results.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    found, body = results.partition(f"## {section}\n")[1:]
+    if not found:
+        raise ValueError(f"The results have no section {section!r}: run make bench.")
+    body = body.partition("\n## ")[0]
     head, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")
     )
@@ -177,6 +230,12 @@ def _figure(result: Mapping[str, Any], measure: str) -> str:
     return f"{result['metrics'][measure]:.3f}"
 
 
+def mteb_table(scores: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) -> str:
+    """What the demo's model reached on the tasks of mteb that need no network."""
+    lines = ["| `{task}` | {subset} | {metric} | {value:.3f} |".format_map(score) for score in scores]
+    return "\n".join([words["mteb"], "|---|---|---|---|", *lines]) + "\n"
+
+
 def ablation_table(runs: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) -> str:
     """What every change did to the mean of the tasks, and to which of them it did something."""
     lines = []
@@ -187,9 +246,10 @@ def ablation_table(runs: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) 
         counted = [
             f"{name} {change(found)}" for name, found in result.differences.items() if found.counts and name != MEAN
         ]
-        cells = [words["changes"][result.variant.name], cell(result.figures.get(MEAN)), difference, "; ".join(counted)]
+        change_of, mean = words["changes"][result.variant.name], cell(result.figures.get(MEAN))
+        cells = [tame(change_of), str(result.seeds), mean, difference, "; ".join(counted)]
         lines.append(" | ".join([f"| `{result.variant.name}`", *cells]) + " |")
-    return "\n".join([words["ablation"], "|---|---|---|---|---|", *lines]) + "\n"
+    return "\n".join([f"| {' | '.join(words['ablation'])} |", "|---|---|---:|---|---|---|", *lines]) + "\n"
 
 
 if __name__ == "__main__":

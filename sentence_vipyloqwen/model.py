@@ -29,6 +29,8 @@ EMBEDDING_DIM = 1024
 IMAGE_LENGTH = 1000
 """What an image counts for, in characters, where inputs are sorted by length to batch like with like."""
 
+_HUB_ARGUMENTS = ("token", "cache_folder", "revision", "local_files_only")
+
 _OURS_BY_STOCK_NAME: Mapping[str, type[nn.Module]] = {
     "Transformer": Qwen2VLTransformer,
     "Pooling": MeanPooling,
@@ -90,7 +92,8 @@ class ViPyloQwen(QuantizableMixin, SentenceTransformer):
         super().__init__(path, **kwargs)
         self.model_card_data.widget = self.model_card_data.widget or [dict(EXAMPLE)]
         if path is not None and isinstance(self.model_card_data, ViPyloQwenModelCardData):
-            self.model_card_data.read_assets(Path(path))
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            self.model_card_data.read_assets(path, self._model_card_text, **hub)
         if quantize is not None:
             quantize_int8(self)
 

@@ -3,11 +3,16 @@
 The stock template has no blocks to fill, so the further sections follow the usage snippet, the one piece of it that a
 subclass writes: usage with this package, tasks and prompts, what a training run left, limits, licence. Citations,
 metadata and the stock sections go where they always do.
+
+An embedder that was made without this package has no task tokens: its card speaks of no prefixes, no languages and no
+method but those that it is known to have.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +24,15 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerModelC
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.util import load_file_path
 from torch import nn
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from sentence_vipyloqwen.losses import PrefixRoutedLoss
 from sentence_vipyloqwen.modules import AttentionPooling
+from sentence_vipyloqwen.modules.backbones import BACKBONES
 from sentence_vipyloqwen.pages import load_markdown
 from sentence_vipyloqwen.tasks import ALL_TASKS, Task
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 CURVES_FILE = "assets/curves.svg"
@@ -48,16 +57,6 @@ CITATIONS: Mapping[str, str] = {
     note = {README and paper drafts},
 }
 """,
-    "Qwen2-VL": """
-@misc{wang2024qwen2vl,
-    title = {Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any Resolution},
-    author = {Peng Wang and Shuai Bai and Sinan Tan and Shijie Wang and others},
-    year = {2024},
-    eprint = {2409.12191},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.CV},
-}
-""",
     "ColPali": """
 @misc{faysse2024colpali,
     title = {ColPali: Efficient Document Retrieval with Vision Language Models},
@@ -69,7 +68,41 @@ CITATIONS: Mapping[str, str] = {
 }
 """,
 }
-"""Title -> BibTeX of what every model of this package builds on, beside what its losses cite."""
+"""Title -> BibTeX of what every model that this package made builds on, beside its base and what its losses cite."""
+
+BASE_CITATIONS: Mapping[str, str] = {
+    "qwen2_vl": """
+@misc{wang2024qwen2vl,
+    title = {Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any Resolution},
+    author = {Peng Wang and Shuai Bai and Sinan Tan and Shijie Wang and others},
+    year = {2024},
+    eprint = {2409.12191},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.CV},
+}
+""",
+    "qwen2_5_vl": """
+@misc{bai2025qwen25vl,
+    title = {Qwen2.5-VL Technical Report},
+    author = {Shuai Bai and Keqin Chen and Xuejing Liu and Jialin Wang and others},
+    year = {2025},
+    eprint = {2502.13923},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.CV},
+}
+""",
+    "qwen3_vl": """
+@misc{bai2025qwen3vl,
+    title = {Qwen3-VL Technical Report},
+    author = {Shuai Bai and Yuxuan Cai and Ruizhe Chen and Keqin Chen and others},
+    year = {2025},
+    eprint = {2511.21631},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.CV},
+}
+""",
+}
+"""Type of a base, as its configuration has it -> BibTeX of its technical report."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -94,18 +127,33 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class MixPhase:
+    """How the batches of a run, or of a part of it, were divided.
+
+    Attributes:
+        until: Where the part ends, as a share of the run's steps.
+        shares: What is named in the mix -> its share of the batches.
+    """
+
+    until: float
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class TrainingNotes:
     """What a run tells the card.
 
     Attributes:
         recipe: Its settings as YAML; of paths the names alone, as the rest is nobody's business.
         figures: What each task reached.
-        curves: The curves as one SVG picture; ``""`` where there are none.
+        sampling: How batches were drawn, in a few words of Markdown.
+        mix: The shares that were in force, phase by phase; none where they followed from the rows.
     """
 
     recipe: str
     figures: Sequence[Figure] = ()
-    curves: str = ""
+    sampling: str = ""
+    mix: Sequence[MixPhase] = ()
 
 
 @dataclass
@@ -113,30 +161,50 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
     """``SentenceTransformerModelCardData`` with the sections and metadata of this package's models.
 
     Takes the same arguments. Base model and licence, where not given, come from the checkpoint that a model began with:
-    its id on the Hub, and what its own card says.
+    its id on the Hub, and what its own card says. So do the languages of an embedder that was made elsewhere; those of
+    others are by default :data:`LANGUAGES`.
     """
 
-    language: str | list[str] | None = field(default_factory=lambda: list(LANGUAGES))
+    language: str | list[str] | None = None
     tags: list[str] = field(default_factory=lambda: [*SentenceTransformerModelCardData().tags, *TAGS])
     generate_widget_examples: bool = False
     widget: list[dict[str, Any]] = field(default_factory=lambda: [dict(EXAMPLE)], init=False)
     usage_examples: list[Any] | None = field(
         default_factory=lambda: [EXAMPLE["source_sentence"], *EXAMPLE["sentences"][::2]], init=False
     )
-    citations: dict[str, str] = field(default_factory=lambda: dict(CITATIONS), init=False)
     notes: TrainingNotes | None = field(default=None, init=False, repr=False)
     loss_config: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
     curves: str = field(default="", init=False, repr=False)
+    _languages_unsaid: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """See ``SentenceTransformerModelCardData``."""
+        self._languages_unsaid = self.language is None
+        if self._languages_unsaid:
+            self.language = list(LANGUAGES)
+        super().__post_init__()
 
     def register_model(self, model: SentenceTransformer) -> None:
-        """See ``SentenceTransformerModelCardData``; adds the architecture, such as ``qwen2_vl``, to the tags."""
+        """See ``SentenceTransformerModelCardData``; adds the architecture, such as ``qwen2_vl``, and what is cited."""
         super().register_model(model)
         self.add_tags(model.transformers_model.config.model_type)
+        self.citations |= self._own_citations()
+        if self._languages_unsaid and not model.task_token_ids:
+            self.language = []
+
+    def _own_citations(self) -> dict[str, str]:
+        """Title -> BibTeX of the base and, of what this package made, the method."""
+        kind = self.model.transformers_model.config.model_type
+        return {**(CITATIONS if self.model.task_token_ids else {}), BACKBONES[kind].name: BASE_CITATIONS[kind]}
 
     def set_losses(self, losses: list[nn.Module]) -> None:
-        """See ``SentenceTransformerModelCardData``; remembers weights and margins, and keeps our citations."""
+        """See ``SentenceTransformerModelCardData``; a training begins: what an earlier one left is not told any more.
+
+        Remembers weights and margins, and keeps our citations.
+        """
         super().set_losses(losses)
-        self.citations |= CITATIONS
+        self.citations |= self._own_citations()
+        self.notes, self.curves = None, ""
         self.loss_config = next((loss.get_config_dict() for loss in losses if isinstance(loss, PrefixRoutedLoss)), None)
 
     def set_evaluation_metrics(
@@ -161,11 +229,13 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
         told = _read_metadata(source, self.local_files_only)
         self.base_model = self.base_model or told.get("base_model")
         self.license = self.license or told.get("license")
+        if not self.language and (spoken := told.get("language")):
+            self.set_language(spoken)
 
     def to_dict(self) -> dict[str, Any]:
         """See ``SentenceTransformerModelCardData``; without what only serves to make the card."""
         values = super().to_dict()
-        for key in ("notes", "loss_config", "curves"):
+        for key in ("notes", "loss_config", "curves", "_languages_unsaid"):
             values.pop(key)
         return values
 
@@ -182,9 +252,10 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
             model_id=name,
             portable=portable,
             dimensions=self.model.get_embedding_dimension(),
-            tasks=[_task_row(task, self.loss_config) for task in ALL_TASKS.values()],
-            max_length=self.model.max_seq_length,
-            rows=[(of["name"], of["size"]) for of in self.train_datasets if of.get("size")],
+            tasks=[_task_row(task, self.loss_config) for task in ALL_TASKS.values() if self.model.task_token_ids],
+            max_length=_limit(self.model.max_seq_length),
+            rows=[(of.get("name") or "unnamed", of["size"]) for of in self.train_datasets if of.get("size")],
+            mix=_mix_rows(self.notes.mix) if self.notes else [],
             loss=self.loss_config,
             notes=self.notes,
             curves=CURVES_FILE if self.curves else "",
@@ -199,10 +270,29 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
             (folder / CURVES_FILE).parent.mkdir(exist_ok=True)
             (folder / CURVES_FILE).write_text(self.curves, encoding="utf-8")
 
-    def read_assets(self, folder: Path) -> None:
-        """Keep the pictures of the folder that the model comes from, so that they are saved along with its card."""
-        if (folder / CURVES_FILE).is_file():
-            self.curves = (folder / CURVES_FILE).read_text(encoding="utf-8")
+    def read_assets(self, source: str, card: str | None, **hub: Any) -> None:
+        """Keep the pictures of the folder or repository that the model comes from, to be saved along with its card.
+
+        Args:
+            source: The folder, or the repository's id on the Hub.
+            card: Its card. A picture that it does not show is not asked for.
+            **hub: ``token``, ``cache_folder``, ``revision``, ``local_files_only``.
+        """
+        if CURVES_FILE not in (card or ""):
+            return
+        hub["cache_folder"] = hub.get("cache_folder") or os.getenv("SENTENCE_TRANSFORMERS_HOME")  # as for the model
+        try:
+            path = load_file_path(source, CURVES_FILE, **hub)
+        except Exception as error:  # no model needs a picture, as Sentence Transformers has it of the card itself
+            logger.warning("%s of %r was not had, and the model loads without: %r", CURVES_FILE, source, error)
+            return
+        if path:
+            self.curves = Path(path).read_text(encoding="utf-8")
+
+
+def _limit(tokens: int | None) -> int | None:
+    """The most tokens of an input; a tokenizer without a limit says one that no input reaches."""
+    return tokens if tokens is not None and tokens < LARGE_INTEGER else None
 
 
 def _task_row(task: Task, loss: Mapping[str, Any] | None) -> dict[str, str]:
@@ -215,6 +305,18 @@ def _task_row(task: Task, loss: Mapping[str, Any] | None) -> dict[str, str]:
         "terms": " + ".join(f"{weight:g} · {term}" for term, weight in weights.items()),
         "margin": "" if margin is None else f"{margin:g}",
     }
+
+
+def _mix_rows(mix: Sequence[MixPhase]) -> list[dict[str, str]]:
+    """A row of each phase, with a column of each name in any of them; of a lone phase nobody asks until when."""
+    names = dict.fromkeys(name for phase in mix for name in phase.shares)
+    return [
+        {
+            **({"until, of the steps": f"{100 * phase.until:.0f} %"} if len(mix) > 1 else {}),
+            **{name: f"{100 * phase.shares.get(name, 0.0):.1f} %" for name in names},
+        }
+        for phase in mix
+    ]
 
 
 def _read_metadata(source: str, local_files_only: bool) -> Mapping[str, Any]:

@@ -5,14 +5,39 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import os
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+import huggingface_hub
+import yaml
+from babel import Locale
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 COMMIT = "c" * 40
+
+_LICENCES = """
+afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
+bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0
+cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gemma gfdl gpl gpl-2.0
+gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail
+openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+"""
+LICENCES = _LICENCES.split()
+"""The identifiers that the Hub's documentation lists (an edition of 2024: later ones are refused here)."""
+
+LANGUAGES = [*Locale("en").languages, "code", "multilingual"]
+"""ISO 639 codes, as far as CLDR names their languages, and the Hub's own two."""
 
 
 class HubStandIn:
@@ -21,7 +46,7 @@ class HubStandIn:
     Attributes:
         url: The endpoint.
         tokens: The ``Authorization`` headers of everything that wrote.
-        validated: The contents of the cards whose metadata the client had checked.
+        validated: The contents of the cards whose metadata the client had checked, and that were accepted.
     """
 
     def __init__(self, root: Path) -> None:
@@ -39,6 +64,15 @@ class HubStandIn:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Of a process that takes this for the Hub: the client reads its endpoint once.
+
+        Args:
+            home: Where its cache and its settings are.
+        """
+        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "hf_stand_in"}
+        return {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **own}
 
     def folder(self, repo_id: str) -> Path:
         """Where a repository's files are."""
@@ -62,8 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.tokens.add(self.headers["Authorization"])
         parts = path.strip("/").split("/")
         if path == "/api/validate-yaml":
-            self.hub.validated.append(json.loads(body)["content"])
-            return self._send({"errors": [], "warnings": []})
+            content = json.loads(body)["content"]
+            errors = [{"message": problem} for problem in find_problems(content)]
+            if not errors:
+                self.hub.validated.append(content)
+            return self._send({"errors": errors, "warnings": []}, 400 if errors else 200)
         if path == "/api/repos/create":
             wanted = json.loads(body)
             repo_id = f"{wanted['organization']}/{wanted['name']}"
@@ -152,3 +189,58 @@ class _Handler(BaseHTTPRequestHandler):
 
 _AT_COMMIT = {"X-Repo-Commit": COMMIT}
 _NO_ENTRY = {"X-Error-Code": "EntryNotFound", **_AT_COMMIT}
+
+
+# --- What is wrong with a card ---
+
+
+def find_problems(content: str) -> list[str]:
+    """What the Hub would find fault with in a model card's metadata, as far as it can be told without it.
+
+    Args:
+        content: The whole card.
+
+    Returns:
+        A sentence for each fault; none for a card that is taken.
+    """
+    if not REGEX_YAML_BLOCK.search(content):
+        return ["there is no metadata"]
+    try:
+        data = ModelCard(content).data  # YAML, a mapping, and results that have all they need
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        return [str(error)]
+    return [*_unknown(data), *_malformed(data)]
+
+
+def _unknown(data: ModelCardData) -> Iterator[str]:
+    if data.license is not None and data.license not in LICENCES:
+        yield f'"license" is {data.license!r}, which is none of the Hub\'s'
+    if data.pipeline_tag is not None and not _is_task(data.pipeline_tag):
+        yield f'"pipeline_tag" is {data.pipeline_tag!r}, which is no task'
+    for code in _as_list(data.language):
+        if code not in LANGUAGES:
+            yield f'"language" has {code!r}, which is no ISO 639 code'
+
+
+def _malformed(data: ModelCardData) -> Iterator[str]:
+    for repo_id in [*_as_list(data.base_model), *_as_list(data.datasets)]:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            yield f'"base_model" or "datasets": {error}'
+    for name in ("tags", "metrics"):
+        if not all(isinstance(item, str) for item in _as_list(getattr(data, name))):
+            yield f'"{name}" is {getattr(data, name)!r}; it must be a list of strings'
+    for result in data.eval_results or ():
+        if not (isinstance(result.metric_value, (int, float)) and math.isfinite(result.metric_value)):
+            yield f'"model-index": {result.metric_type!r} is {result.metric_value!r}, not a finite number'
+
+
+def _is_task(tag: Any) -> bool:
+    """The client has a type for the inputs of each task: ``SentenceSimilarityInput``."""
+    parts = tag.split("-") if isinstance(tag, str) else []
+    return bool(parts) and hasattr(huggingface_hub, "".join(part.title() for part in parts) + "Input")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
-from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+from PIL import Image
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerModelCardData,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen
-from sentence_vipyloqwen.model_card import CITATIONS, CURVES_FILE, Figure, TrainingNotes
-from sentence_vipyloqwen.tasks import TASKS
+from sentence_vipyloqwen.demo.base_model import make_tiny_base
+from sentence_vipyloqwen.model_card import (
+    BASE_CITATIONS,
+    CITATIONS,
+    CURVES_FILE,
+    Figure,
+    MixPhase,
+    TrainingNotes,
+)
+from sentence_vipyloqwen.modules.backbones import BACKBONES
+from sentence_vipyloqwen.tasks import TASK_TOKENS, TASKS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, find_problems
+from test_embedders import embedder
 
 SECTIONS = (
     "## Usage",
@@ -32,6 +52,22 @@ SECTIONS = (
 def save(model: ViPyloQwen, folder: Path) -> ModelCard:
     model.save_pretrained(str(folder))
     return ModelCard.load(folder / "README.md")
+
+
+@pytest.fixture
+def elsewhere(base: Path, tmp_path: Path) -> Path:
+    """An embedder that this package had no part in, without a card."""
+    return embedder(base, tmp_path / "elsewhere", "lasttoken", dense=False)
+
+
+def train(model: ViPyloQwen, folder: Path) -> None:
+    """A step of the stock trainer."""
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    rows = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+    loss = MultipleNegativesRankingLoss(model)
+    SentenceTransformerTrainer(model, arguments, train_dataset=rows, loss=loss).train()
 
 
 def test_the_metadata_is_what_the_hub_wants(model: ViPyloQwen, tmp_path: Path) -> None:
@@ -51,19 +87,86 @@ def test_the_card_has_every_section_once_and_in_order(model: ViPyloQwen, tmp_pat
     assert all(lines.count(section) == 1 for section in SECTIONS)
     for task in TASKS.values():
         assert f"| {task.name} | `{task.token}` |" in text
-    for citation in CITATIONS.values():
+    for citation in (*CITATIONS.values(), BASE_CITATIONS["qwen2_vl"]):
         assert citation.strip() in text
+    assert "- An input holds at most five images, and 8,192 tokens. Only text is cut.\n" in text
     assert "[2, 32]" in text  # the dimensions of this model
     assert "## Training Run" not in text
     assert "This card knows of no training" in text
 
 
-def test_the_card_s_code_is_python(model: ViPyloQwen, tmp_path: Path) -> None:
-    text = save(model, tmp_path / "saved").text
+@pytest.mark.parametrize("made", ["folder", "elsewhere"])
+def test_the_card_s_code_runs(
+    made: str,
+    request: pytest.FixtureRequest,
+    picture: Callable[..., Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved = tmp_path / "saved"
+    text = save(ViPyloQwen(request.getfixturevalue(made), device="cpu"), saved).text
     blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    picture().save("invoice.png")
+    names: dict[str, Any] = {}
     for block in blocks:
-        compile(block, "card", "exec")
+        exec(block.replace("sentence_transformers_model_id", str(saved)), names)
+    width = ViPyloQwen(saved, device="cpu").get_embedding_dimension()
+    shapes = [[3, width], [3, 3], [1, 1], [2, width]]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(("torch.Size", "("))] == [
+        f"({', '.join(map(str, shape))})" if shape[1] == width else f"torch.Size({shape})" for shape in shapes
+    ]
+
+
+def test_the_card_of_an_embedder_from_elsewhere_knows_no_prefixes(elsewhere: Path, tmp_path: Path) -> None:
+    card = save(ViPyloQwen(elsewhere, device="cpu"), tmp_path / "saved")
+    for absent in (*TASK_TOKENS, "prompt_name", "Tasks and Prompts", "info_nce", "EraX", "Vietnamese", "initialised"):
+        assert absent not in card.text
+    assert 'model.encode([{"image": page, "text": "Số tiền?"}])' in card.text
+    assert "of up to five images:" in card.text
+    assert "How it was trained is not known here" in card.text
+    assert "- An input holds at most five images. No limit of tokens is set: nothing is cut.\n" in card.text
+    assert card.data.language is None  # it was not said, and is not made up
+    assert BASE_CITATIONS["qwen2_vl"].strip() in card.text
+    assert not any(citation.strip() in card.text for citation in CITATIONS.values())
+
+
+def test_the_card_of_an_embedder_from_elsewhere_that_is_trained_on(elsewhere: Path, tmp_path: Path) -> None:
+    told = ModelCardData(license="mit", language="fr", base_model="someone/first")
+    ModelCard(f"---\n{told.to_yaml()}\n---\n").save(elsewhere / "README.md")
+    model = ViPyloQwen(elsewhere, device="cpu")
+    train(model, tmp_path / "training")
+    card = save(model, tmp_path / "saved")
+    assert "generated_from_trainer" in card.data.tags
+    assert (card.data.license, card.data.language, card.data.base_model) == ("mit", ["fr"], "someone/first")
+    assert "| records of | rows | share of rows |\n|:--|--:|--:|\n| unnamed | 2 | 100.0 % |\n" in card.text
+    for absent in (*TASK_TOKENS, "prompt_name", "Tasks and Prompts", "EraX"):
+        assert absent not in card.text
+    assert BASE_CITATIONS["qwen2_vl"].strip() in card.text
+    assert "MultipleNegativesRankingLoss" in card.text
+
+
+def test_languages_that_are_given_are_kept(elsewhere: Path, tmp_path: Path) -> None:
+    own = ViPyloQwen.model_card_data_class(language=["vi"])
+    card = save(ViPyloQwen(elsewhere, device="cpu", model_card_data=own), tmp_path / "saved")
+    assert card.data.language == ["vi"]
+
+
+@pytest.mark.parametrize("kind", list(BACKBONES))
+def test_the_report_of_the_base_is_cited(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 64, "layers": 1, "vision_size": 64, "vision_layers": 3}
+    base = make_tiny_base(tmp_path / "base", ["hóa đơn", "a red circle"] * 9, **sizes, model_type=kind)
+    text = save(ViPyloQwen.create(base, 16, device="cpu"), tmp_path / "saved").text
+    assert f"#### {BACKBONES[kind].name}\n```bibtex\n{BASE_CITATIONS[kind].strip()}\n```" in text
+    assert [other for other, citation in BASE_CITATIONS.items() if citation.strip() in text] == [kind]
+
+
+def test_each_base_has_its_own_report() -> None:
+    numbers = {kind: citation.partition("eprint = {")[2][:10] for kind, citation in BASE_CITATIONS.items()}
+    assert numbers == {"qwen2_vl": "2409.12191", "qwen2_5_vl": "2502.13923", "qwen3_vl": "2511.21631"}
+    assert numbers.keys() == BACKBONES.keys()
 
 
 def test_base_and_licence_are_those_of_the_checkpoint_s_card(base: Path, tmp_path: Path) -> None:
@@ -98,19 +201,62 @@ def test_weights_and_margins_are_those_of_the_loss(model: ViPyloQwen, tmp_path: 
 def test_what_a_run_left_is_told_and_stays_with_the_folder(model: ViPyloQwen, tmp_path: Path) -> None:
     data = model.model_card_data
     figures = [Figure("ocr", "ndcg@10", 1200, 0.25, 0.5), Figure("instr", "x", 1, None, 1)]
-    data.notes = TrainingNotes("epochs: 3\n", figures)
+    mix = [MixPhase(0.25, {"text": 1}), MixPhase(1, {"text": 0.75, "multimodal": 0.25})]
+    data.notes = TrainingNotes("epochs: 3\n", figures, "By a curriculum.", mix)
     data.curves = "<svg/>"
     data.train_datasets = [{"name": "ocr", "size": 3000, "columns": ["a"], "loss": {"fullname": "x"}}]
     text = save(model, tmp_path / "first").text
     assert "| ocr | ndcg@10 | 1,200 | 0.250 | 0.500 |" in text
     assert "| instr | x | 1 |  | 1.000 |" in text
     assert "| ocr | 3,000 | 100.0 % |" in text
+    assert "\n\nBy a curriculum.\n\n| until, of the steps | text | multimodal |\n|--:|--:|--:|\n" in text
+    assert "|--:|\n| 25 % | 100.0 % | 0.0 % |\n| 100 % | 75.0 % | 25.0 % |\n\n" in text
     assert "```yaml\nepochs: 3\n```" in text
     assert f'<img src="{CURVES_FILE}"' in text
 
     again = save(ViPyloQwen(tmp_path / "first", device="cpu"), tmp_path / "second").text
     assert again == text
     assert (tmp_path / "second" / CURVES_FILE).read_text() == "<svg/>"
+
+
+def test_a_new_training_takes_over_from_what_an_earlier_one_left(model: ViPyloQwen, tmp_path: Path) -> None:
+    model.model_card_data.notes = TrainingNotes("epochs: 3\n")
+    model.model_card_data.curves = "<svg/>"
+    save(model, tmp_path / "first")
+    for trained in (model, ViPyloQwen(tmp_path / "first", device="cpu")):
+        assert trained.model_card_data.curves
+        train(trained, tmp_path / "training")
+        text = save(trained, tmp_path / "second").text
+        assert "### Data and Mix" in text
+        assert "### Curves" not in text
+        assert "### Recipe" not in text
+        assert not (tmp_path / "second" / CURVES_FILE).exists()
+
+
+def test_a_picture_that_is_not_to_be_had_keeps_no_model_from_loading(
+    model: ViPyloQwen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.model_card_data.notes = TrainingNotes("epochs: 3\n")
+    model.model_card_data.curves = "<svg/>"
+    save(model, tmp_path / "saved")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise TimeoutError("too slow")
+
+    monkeypatch.setattr("sentence_vipyloqwen.model_card.load_file_path", fail)
+    with caplog.at_level(logging.WARNING):
+        assert ViPyloQwen(tmp_path / "saved", device="cpu").model_card_data.curves == ""
+    assert "TimeoutError('too slow')" in caplog.text
+
+
+def test_a_picture_that_the_card_does_not_show_is_not_asked_for(
+    model: ViPyloQwen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(model, tmp_path / "saved")
+    asked: list[str] = []
+    monkeypatch.setattr("sentence_vipyloqwen.model_card.load_file_path", lambda _, name, **__: asked.append(name))
+    ViPyloQwen(tmp_path / "saved", device="cpu")
+    assert asked == []
 
 
 def test_card_data_of_ones_own_are_taken(folder: Path, tmp_path: Path) -> None:
@@ -146,6 +292,11 @@ vectors = [load("someone/a-model", device="cpu").encode("xin chào") for load in
 assert vectors[0].shape == (16,)
 assert abs(vectors[0] - model.encode("xin chào")).max() < 1e-5
 assert abs(vectors[1] - model.encode("xin chào")).max() < 1e-6
+model.model_card_data.license = "apache2"
+try:
+    model.push_to_hub("someone/refused")
+except ValueError as error:
+    print(error)
 meta = mteb.get_model("someone/a-model", device="cpu").mteb_model_meta
 assert set(meta.modalities) == {"image", "text"}
 assert set(meta.languages) == {"eng-Latn", "vie-Latn", "zho-Hans"}
@@ -161,15 +312,9 @@ def hub(tmp_path: Path):
 
 def test_a_push_uploads_what_loads_from_the_hub(base: Path, hub: HubStandIn, tmp_path: Path) -> None:
     """In a process of its own, as the Hub's client reads its endpoint once; mteb reads the same repository."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_stand_in",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    done = subprocess.run([sys.executable, "-c", PUSH, str(base)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PUSH, str(base)], env=hub.environment(tmp_path), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{hub.url}/someone/a-model/commit/" in done.stdout
 
@@ -192,4 +337,37 @@ def test_a_push_uploads_what_loads_from_the_hub(base: Path, hub: HubStandIn, tmp
     assert 'ViPyloQwen("someone/a-model")' in card.text
     assert hub.tokens == {"Bearer hf_stand_in"}
     assert set(hub.validated) == {(pushed / "README.md").read_text(encoding="utf-8")}
+    assert """"license" is 'apache2', which is none of the Hub's""" in done.stdout
+    assert list(hub.folder("someone/refused").iterdir()) == []
     assert SentenceTransformer(str(pushed), device="cpu").get_embedding_dimension() == 16
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ("license: apache2", "'apache2', which is none of the Hub's"),
+        ("license: [mit]", "['mit'], which is none of the Hub's"),
+        ("pipeline_tag: sentence-likeness", "'sentence-likeness', which is no task"),
+        ("language: [vi, vn]", "'vn', which is no ISO 639 code"),
+        ("language: no", "False, which is no ISO 639 code"),
+        ("base_model: /data/base/model", "'/data/base/model'"),
+        ("tags: [1]", "it must be a list of strings"),
+        ("- license", "should be a dict"),
+        ("license: [", "while parsing"),
+        ("model-index: [{name: x, results: [{task: {type: a}}]}]", "Invalid `model_index`"),
+        (
+            "model-index: [{name: x, results: [{task: {type: a}, dataset: {type: d, name: d}, "
+            "metrics: [{type: recall, value: .nan}]}]}]",
+            "'recall' is nan, not a finite number",
+        ),
+    ],
+)
+def test_the_stand_in_refuses_what_the_hub_would(metadata: str, problem: str) -> None:
+    (said,) = find_problems(f"---\n{metadata}\n---\n\n# Card\n")
+    assert problem in said
+
+
+def test_the_stand_in_takes_what_the_hub_would() -> None:
+    told = "language: [vi, yue, multilingual]\nlicense: other\npipeline_tag: feature-extraction\nbase_model: a/b"
+    assert find_problems(f"---\n{told}\n---\n\n# Card\n") == []
+    assert find_problems("# Card\n") == ["there is no metadata"]

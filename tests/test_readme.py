@@ -15,6 +15,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +24,24 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+import yaml
 from fastapi.testclient import TestClient
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen, cli
+from sentence_vipyloqwen.ablation.plan import plan
 from sentence_vipyloqwen.ablation.report import write_report
 from sentence_vipyloqwen.ablation.results import RESULTS_FILE
-from sentence_vipyloqwen.ablation.variants import FULL, with_needed
+from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS, with_needed
+from sentence_vipyloqwen.cli.training import parse_settings
+from sentence_vipyloqwen.demo import data as demo_data
 from sentence_vipyloqwen.demo import run as demo
 from sentence_vipyloqwen.demo.data import DemoSizes, build_demo_data
+from sentence_vipyloqwen.files import measure
 from sentence_vipyloqwen.index.items import ITEM_KEYS
 from sentence_vipyloqwen.tasks import ALL_TASKS, GENERAL, Task
-from sentence_vipyloqwen.train.recipe import shipped_recipes
+from sentence_vipyloqwen.train.recipe import load_recipe, shipped_recipes
 from sentence_vipyloqwen.train.records import parse_record
 
 ROOT = Path(__file__).parents[1]
@@ -210,16 +216,75 @@ def test_the_tables_are_those_of_the_results(name: str) -> None:
     assert written["with_figures"](read(name), written["READMES"][name]) == read(name)
 
 
+def test_the_figures_are_of_the_demo_as_it_is() -> None:
+    """By the recipe that comes with the package, on the sizes that are the default."""
+    kept = json.loads(read("docs/demo.json"))
+    places = {"base": "base", "train": ["train"], "output": "output"}
+    own = {"seed": kept["recipe"]["seed"], "min_pixels": demo.MIN_PIXELS}
+    recipe = yaml.safe_load(load_recipe(demo.RECIPE, {**places, **own}).to_yaml())
+    assert kept["recipe"] == {name: value for name, value in recipe.items() if name not in (*places, "eval")}
+    assert kept["processes"] == 2
+    sizes, counts = DemoSizes(), kept["records"]
+    for split in ("train", "eval"):
+        of = getattr(sizes, split)
+        assert counts[split]["ocr/line"] == of.lines
+        assert sum(count for name, count in counts[split].items() if name.startswith("text_pair/")) == of.text_pairs
+        assert sum(count for name, count in counts[split].items() if name.startswith("instr/")) == of.instructions
+        assert sum(count for name, count in counts[split].items() if name.startswith("vqa_multi/")) == of.vqa_multi
+
+
+def test_the_aims_for_speed_are_held_to_the_results() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))
+    assert written["with_aims"](read("docs/speed.md")) == read("docs/speed.md")
+
+
+def test_half_of_a_demo_replaces_no_figures(tmp_path: Path) -> None:
+    before = read("docs/demo.json")
+    (tmp_path / "metrics.json").write_text("{}")
+    main = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))["main"]
+    with pytest.raises(FileNotFoundError, match=r"mteb\.json, .*curves\.svg: missing"):
+        main([str(tmp_path)])
+    assert read("docs/demo.json") == before
+
+
 def test_what_makes_the_figures_is_there() -> None:
     """The targets that take hours name scripts that exist, and variants of the table."""
     makefile = read("Makefile")
     scripts = re.findall(r"\b(?:benchmarks|docs)/\w+\.py", makefile)
     assert {"benchmarks/index.py", "docs/write_figures.py", "docs/make_pictures.py"} <= set(scripts)
     assert not [script for script in scripts if not (ROOT / script).exists()]
-    (ablated,) = re.findall(r"^ABLATED = (.*)$", makefile, re.MULTILINE)
-    assert {variant.name for variant in with_needed(ablated.split())} == {FULL, *ablated.split()}
+    ablated = [*words_of("ABLATED"), *words_of("ONCE")]
+    assert {variant.name for variant in with_needed(ablated)} == {FULL, *ablated}
     words = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))["READMES"].values()
-    assert not [name for of in words for name in (FULL, *ablated.split()) if name not in of["changes"]]
+    assert [of["changes"].keys() for of in words] == [VARIANTS.keys()] * 2
+
+
+def words_of(variable: str) -> list[str]:
+    """The words of a variable of the Makefile."""
+    (words,) = re.findall(rf"^{variable} = (.*)$", read("Makefile"), re.MULTILINE)
+    return words.split()
+
+
+def test_the_ablation_is_what_its_command_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would do the committed runs again, no more and no fewer, by the same settings on the same data."""
+    monkeypatch.setattr(demo_data, "_write_images", lambda *arguments: None)
+    sizes = {name: int(number) for name, number in (size.split("=") for size in words_of("ABLATION_DATA"))}
+    made = build_demo_data(tmp_path, sizes=DemoSizes().with_train(sizes))
+    own: dict[str, dict[str, int]] = defaultdict(dict)
+    for key, value in parse_settings(words_of("ONCE_SETTINGS")).items():
+        variant, _, setting = key.partition(".")
+        own[variant][setting] = value
+    places = {"base": "base", "train": [str(made.train)], "eval": str(made.eval), "output": "output"}
+    recipe = load_recipe(str(ROOT / "docs" / "ablation.yaml"), places)
+    planned = {
+        (run.variant.name, run.recipe.seed): json.loads(json.dumps(run.settings()))
+        for run in [*plan(recipe, words_of("ABLATED"), seeds=3), *plan(recipe, words_of("ONCE"), seeds=1, own=own)]
+    }
+    runs = json.loads(read(f"docs/ablation/{RESULTS_FILE}"))["runs"]
+    assert {(run["variant"], run["seed"]): run["settings"] for run in runs} == planned
+    digests = {name: measure(getattr(made, name))["xxh3_128"] for name in ("train", "eval")}
+    for run in runs:
+        assert (run["data"]["train"], run["data"]["eval"]) == ([digests["train"]], digests["eval"])
 
 
 def test_the_report_of_the_ablation_is_that_of_its_results(tmp_path: Path) -> None:

@@ -4,20 +4,22 @@
    evaluation alone has no training: it takes the model that another run has left.
 2. All variants have the same budget: the same rows. Where one changes the batch, ``max_steps`` changes with it; one for
    a single task has that task's share of the steps.
+3. Whether a variant applies is known before anything is trained. By default those that do not are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS, Variant, with_needed
+from sentence_vipyloqwen.ablation.variants import FULL, POOLING, SHORTEST, SIZE, VARIANTS, Variant, with_needed
+from sentence_vipyloqwen.model import is_finished_model
 from sentence_vipyloqwen.train.recipe import BY_ROWS, Recipe, load_recipe
 from sentence_vipyloqwen.train.records import read_records
 
@@ -28,6 +30,9 @@ _PLACES = ("base", "train", "eval", "output", "vision_cache")
 
 _NO_MATTER = ("resume", "workers", "logging_steps", "keep_checkpoints", "save_steps", "report_to", "ddp_timeout")
 """Settings that change nothing in the figures."""
+
+_OF_A_MODEL = ("embedding_dim", "pooling", "max_seq_length", "min_pixels", "max_pixels")
+"""Settings of a new model, which a finished one keeps."""
 
 Settings = Mapping[str, Any]
 
@@ -70,20 +75,23 @@ def plan(
     *,
     seeds: int = SEEDS,
     own: Mapping[str, Settings] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Run]:
     """The runs of an ablation, in the order in which they are done.
 
+    Whether a variant applies, `_recipe_of` says. One that is asked for, by its name or by settings of its own, must.
+
     Args:
         recipe: The reference; its ``seed`` is the first one, its ``output`` the folder of the whole ablation.
-        names: Variants; by default all, those for a single task as far as the data has that task and the recipe has
-            no ``best_metric`` and draws batches by the tasks' rows or by a mix of tasks. The reference and what they
+        names: Variants; by default all that apply to the recipe, its base and its data. The reference and what they
             are compared with come by themselves.
         seeds: How many.
         own: Variant -> settings that replace its own, such as a batch size that the machine can hold.
+        tell: Called with a line for each variant that is left out, and why.
 
     Raises:
-        ValueError: If a variant or a setting is unknown or out of range, a variant does not differ from what it is
-            compared with, or there is nothing to evaluate on.
+        ValueError: If a variant or a setting is unknown or out of range, a variant that is asked for does not apply, or
+            there is nothing to evaluate on.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; allowed is at least 1.")
@@ -94,21 +102,89 @@ def plan(
     trains = [variant.name for variant in variants if not variant.model_of and variant.name != FULL]
     if unknown := sorted(set(own) - set(trains)):
         raise ValueError(f"Settings are given for the variants {unknown}; among those that train are {trains}.")
-    shares = _shares(recipe) if any(variant.only for variant in variants) else {}
-    if not chosen:
-        variants = [variant for variant in variants if variant.only is None or variant.only in shares]
-    trained = {variant.name: variant for variant in variants if not variant.model_of}
-    recipes = {name: _recipe_of(variant, recipe, own.get(name, {}), shares) for name, variant in trained.items()}
-    for name, variant in trained.items():
-        if variant.against and recipes[name] == recipes[variant.against]:
-            raise ValueError(
-                f"Variant {name} ({variant.change}) is the same as {variant.against} under this recipe: leave it out, "
-                "or change the recipe."
-            )
-    return [_run(variant, recipes, seed) for seed in range(recipe.seed, recipe.seed + seeds) for variant in variants]
+    needs_data = any(variant.about for variant in variants)
+    rows = Counter(record.task.name for path in recipe.train for record in read_records(path)) if needs_data else {}
+    changes_model = any(variant.family in (POOLING, SIZE) for variant in variants) or any(
+        name in _OF_A_MODEL for settings in own.values() for name in settings
+    )
+    finished = changes_model and is_finished_model(recipe.base)
+    recipes, unfit = _recipes_of(variants, recipe, own, rows, finished)
+    asked = [variant.name for variant in with_needed(chosen or own)]
+    if refused := [f"Variant {name} does not apply: {unfit[name]}" for name in asked if name in unfit]:
+        raise ValueError("\n".join(refused))
+    for name, reason in unfit.items():
+        tell(f"{name} is left out: {reason}")
+    applied = [variant for variant in variants if variant.name in recipes]
+    return [_run(variant, recipes, seed) for seed in range(recipe.seed, recipe.seed + seeds) for variant in applied]
 
 
-def _shares(recipe: Recipe) -> dict[str, float]:
+def _recipes_of(
+    variants: Iterable[Variant], recipe: Recipe, own: Mapping[str, Settings], rows: Mapping[str, int], finished: bool
+) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """What each variant trains by, or its model was trained by; and of those that do not apply, why."""
+    recipes: dict[str, Recipe] = {}
+    unfit: dict[str, str] = {}
+    for variant in variants:
+        try:
+            recipes[variant.name] = _recipe_of(variant, recipe, own.get(variant.name, {}), rows, finished, recipes)
+        except ValueError as error:
+            unfit[variant.name] = str(error)
+    return recipes, unfit
+
+
+def _recipe_of(
+    variant: Variant,
+    recipe: Recipe,
+    own: Settings,
+    rows: Mapping[str, int],
+    finished: bool,
+    others: Mapping[str, Recipe],
+) -> Recipe:
+    """The recipe of a variant.
+
+    Raises:
+        ValueError: If the variant does not apply:
+
+            1. What it is compared with, or whose model it takes, does not apply.
+            2. The data lacks the task that it is about.
+            3. An embedding is too small to be cut, or its size is not known before a model is trained for others.
+            4. Its settings are refused by the recipe (`_changed`, `Recipe`), or by a base that is a finished model.
+            5. It is the same as what it is compared with.
+    """
+    for need, name in (("compared with", variant.against), ("given the model of", variant.model_of)):
+        if name and name not in others:
+            raise ValueError(f"it is {need} {name}, which does not apply.")  # 1
+    if variant.about and variant.about not in rows:
+        raise ValueError(f"the data has no {variant.about}; it has {sorted(rows)}.")  # 2
+    if variant.family == SIZE and "matryoshka_dims" not in own:
+        _check_size(recipe, known=not finished or variant.model_of is not None)  # 3
+    if variant.model_of:
+        same = variant.cut == 1 and set(variant.hidden_prefixes) <= set(recipe.hidden_prefixes)
+        made = others[variant.model_of]
+    else:
+        made = _changed(variant, recipe, own, rows)
+        _check_base(recipe, made, finished)  # 4
+        same = variant.against is not None and made == others[variant.against]
+    if same:
+        raise ValueError(f"under this recipe it is the same as {variant.against} ({variant.change}).")  # 5
+    return made
+
+
+def _check_size(recipe: Recipe, known: bool) -> None:
+    if recipe.embedding_dim is None and not known:
+        raise ValueError("the size of a finished model's embeddings must be given as embedding_dim; got None.")
+    if recipe.embedding_dim is not None and recipe.embedding_dim < SHORTEST:
+        raise ValueError(f"embedding_dim is {recipe.embedding_dim}; allowed is at least {SHORTEST}.")
+
+
+def _check_base(recipe: Recipe, made: Recipe, finished: bool) -> None:
+    """A finished model keeps its pooling and its sizes, which the training would refuse to change."""
+    for name in _OF_A_MODEL:
+        if finished and getattr(made, name) != getattr(recipe, name):
+            raise ValueError(f"{name} is {getattr(made, name)!r}; the base is a finished model, which keeps its own.")
+
+
+def _shares(recipe: Recipe, rows: Mapping[str, int]) -> dict[str, float]:
     """Each task of the data, and its share of the rows that the reference sees.
 
     Empty where a model for one task would be no fair peer: where no mix of tasks tells its share, or where the best
@@ -116,30 +192,33 @@ def _shares(recipe: Recipe) -> dict[str, float]:
     """
     if recipe.mixed_batches or recipe.sampling != BY_ROWS or recipe.best_metric:
         return {}
-    weights: Mapping[str, float] = Counter(record.task.name for path in recipe.train for record in read_records(path))
+    weights: Mapping[str, float] = rows
     if recipe.mixes_tasks:
-        if set(recipe.mix) != set(weights):
+        if set(recipe.mix) != set(rows):
             return {}
         weights = recipe.mix
     return {task: weight / sum(weights.values()) for task, weight in weights.items() if weight}
 
 
-def _recipe_of(variant: Variant, recipe: Recipe, own: Settings, shares: Mapping[str, float]) -> Recipe:
+def _changed(variant: Variant, recipe: Recipe, own: Settings, rows: Mapping[str, int]) -> Recipe:
     settings, share = {**variant.settings(recipe), **own}, 1.0
     if variant.only:
+        shares = _shares(recipe, rows)
         if variant.only not in shares:
             raise ValueError(
-                f"Variant {variant.name}: its share of the steps is not known. Allowed are a task of the data, and a "
-                "recipe without best_metric whose batches are drawn by the tasks' rows or by a mix of tasks; known are "
-                f"the shares of {sorted(shares)}."
+                "its share of the steps is not known. Allowed are a task of the data, and a recipe without best_metric "
+                "whose batches are drawn by the tasks' rows or by a mix of tasks; known are the shares of "
+                f"{sorted(shares)}."
             )
+        if (share := shares[variant.only]) == 1:
+            raise ValueError("the reference trains on that task alone.")
         if "mix" in own:
-            raise ValueError(f"Variant {variant.name}: its mix is its task alone; got {own['mix']}, allowed is none.")
-        settings["mix"], share = {task: float(task == variant.only) for task in shares}, shares[variant.only]
+            raise ValueError(f"its mix is its task alone; got {own['mix']}, allowed is none.")
+        settings["mix"] = {task: float(task == variant.only) for task in rows}
     changed = _replaced(recipe, settings)
     if recipe.max_steps and "max_steps" not in own:
-        rows = share * recipe.max_steps * recipe.batch_size * recipe.accumulation
-        changed = _replaced(changed, {"max_steps": max(1, round(rows / (changed.batch_size * changed.accumulation)))})
+        seen = share * recipe.max_steps * recipe.batch_size * recipe.accumulation
+        changed = _replaced(changed, {"max_steps": max(1, round(seen / (changed.batch_size * changed.accumulation)))})
     elif "epochs" not in own:
         changed = _replaced(changed, {"epochs": share * changed.epochs})  # of a mix it is as long as all tasks together
     return changed
@@ -150,7 +229,7 @@ def _replaced(recipe: Recipe, settings: Settings) -> Recipe:
 
 
 def _run(variant: Variant, recipes: Mapping[str, Recipe], seed: int) -> Run:
-    recipe = recipes[variant.model_of or variant.name]
+    recipe = recipes[variant.name]
     runs = Path(recipe.output) / RUNS_FOLDER
     output = _folder(runs, variant.model_of or variant.name, seed)
     return Run(variant, _replaced(recipe, {"seed": seed, "output": str(output)}), _folder(runs, variant.name, seed))

@@ -1,8 +1,8 @@
-"""From raw runs to means, spreads, and what they say.
+"""From raw runs to figures, spreads and differences.
 
-A task's figure is its headline metric (Spearman, accuracy or nDCG@10), one that is undefined counting 0, as in the mean
-over the tasks. The spread of a figure over the seeds is its standard deviation (n - 1) and its range. A difference
-between two variants is taken seed by seed: a seed deals rows and draws the head alike for both.
+A task's figure is its headline metric (Spearman, accuracy or nDCG@10), one that is undefined counting 0, as in the
+average over the tasks. The spread of a figure over the seeds is its standard deviation (n - 1) and its range. A
+difference between two variants is taken seed by seed: a seed deals rows and draws the head alike for both.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from sentence_vipyloqwen.ablation.variants import VARIANTS, Variant
 
 RESULTS_FILE = "results.json"
 MEAN = "mean"
+"""Among the figures, the average over the tasks; readers are shown `AVERAGE`."""
+
+AVERAGE = "average"
 FEWEST_SEEDS = 2
 RULE = (
-    "A difference counts only where it exceeds the spread of both sides: where the two means lie further apart than "
-    "the standard deviations of the two over the seeds, added up. With one seed there is no spread, and nothing counts."
+    "A difference counts only where it exceeds the spread of both sides: where it is larger than the standard "
+    "deviations of the two sides over the seeds, added up. With one seed there is no spread, and nothing counts."
 )
 
 
@@ -104,6 +107,7 @@ class VariantResult:
         curves: Task -> logged step -> its InfoNCE in training, the mean over the seeds; empty of what trains nothing.
         failed: Seeds whose run failed.
         seconds: Of all its runs.
+        settings: What its first run was trained by, and how it was evaluated.
     """
 
     variant: Variant
@@ -112,34 +116,22 @@ class VariantResult:
     curves: Mapping[str, Mapping[int, float]]
     failed: Sequence[int]
     seconds: float
+    settings: Mapping[str, Any]
+
+    @property
+    def main(self) -> str:
+        """The figure that its question is about: the average, or the one task that it is for."""
+        return self.variant.only or MEAN
 
     @property
     def seeds(self) -> int:
         """How many runs have figures."""
         return max((len(figure.by_seed) for figure in self.figures.values()), default=0)
 
-    def answer(self) -> str:
-        """What its runs say to its question, in a sentence or two."""
-        if not self.figures:
-            return "Every run failed."
-        if self.variant.against is None:
-            return f"A mean of {_plus_minus(self.figures[MEAN])}, from which the others are counted."
-        what, figure = next(iter(self.figures.items()))  # the mean, or the one task it is for
-        if what not in self.differences:
-            return f"{_named(what)}: {_plus_minus(figure)}; {self.variant.against} has no run to compare it with yet."
-        found = self.differences[what]
-        if found.threshold is None:
-            return f"{_named(what)} {_moves(found)}; one seed shows no spread, so this does not count."
-        counted = {name: _moves(found) for name, found in self.differences.items() if found.counts}
-        if self.variant.only:
-            return f"{_named(what)} {counted.get(what, 'does not differ beyond the spread')}."
-        if not counted:
-            return "No difference beyond the spread, in the mean or in any task."
-        of_mean = (
-            f"The mean {counted.pop(MEAN)}." if MEAN in counted else "No difference beyond the spread in the mean."
-        )
-        of_tasks = "; ".join(f"{task} {moves}" for task, moves in counted.items()) or "none differs beyond the spread"
-        return f"{of_mean} By task: {of_tasks}."
+    @property
+    def compared_seeds(self) -> int:
+        """How many seeds its differences are taken over."""
+        return max((len(found.by_seed.by_seed) for found in self.differences.values()), default=0)
 
 
 def load_results(output: Path) -> list[dict[str, Any]]:
@@ -156,7 +148,10 @@ def load_results(output: Path) -> list[dict[str, Any]]:
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
-    """Mean, spread and differences of every variant that has a run, in the order of the table."""
+    """Mean, spread and differences of every variant that has a run, in the order of the table.
+
+    Runs of a variant that the table does not have are left out; see `unknown_variants`.
+    """
     present = [name for name in VARIANTS if any(run["variant"] == name for run in runs)]
     of_variant = {name: [run for run in runs if run["variant"] == name] for name in present}
     figures = {name: _spreads(of, VARIANTS[name].only) for name, of in of_variant.items()}
@@ -168,13 +163,19 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
             curves=_curves(of, VARIANTS[name].only),
             failed=[run["seed"] for run in of if run["after"] is None],
             seconds=sum(run["seconds"] for run in of),
+            settings=of[0]["settings"],
         )
         for name, of in of_variant.items()
     ]
 
 
+def unknown_variants(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Variants of the runs that the table does not have: they were renamed, or come from another version."""
+    return sorted({run["variant"] for run in runs} - set(VARIANTS))
+
+
 def figures_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """The mean and each task's headline metric.
+    """The average and each task's headline metric.
 
     >>> figures_of({"mean": 0.5, "tasks": {"ocr": {"headline": "ndcg@10", "metrics": {"ndcg@10": 0.5}}}})
     {'mean': 0.5, 'ocr': 0.5}
@@ -227,23 +228,3 @@ def _curves(runs: Sequence[Mapping[str, Any]], only: str | None) -> dict[str, di
 def _differences(own: Mapping[str, Spread], other: Mapping[str, Spread]) -> dict[str, Difference]:
     found = {name: Difference.of(own[name], other[name]) for name in own if name in other}
     return {name: difference for name, difference in found.items() if difference}
-
-
-def _named(figure: str) -> str:
-    return "The mean" if figure == MEAN else figure
-
-
-def _plus_minus(figure: Spread) -> str:
-    return f"{figure.mean:.3f}" if figure.deviation is None else f"{figure.mean:.3f} ± {figure.deviation:.3f}"
-
-
-def _moves(difference: Difference) -> str:
-    """How far and from where to where.
-
-    >>> _moves(Difference.of(Spread({0: 0.5}), Spread({0: 0.75})))
-    'is worse by 0.250 (0.750 to 0.500)'
-    """
-    change = difference.by_seed.mean
-    verb = "is better" if change > 0 else "is worse"
-    where = f"{_plus_minus(difference.other)} to {_plus_minus(difference.own)}"
-    return f"{verb} by {abs(change):.3f} ({where})"

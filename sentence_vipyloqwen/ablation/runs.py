@@ -1,7 +1,8 @@
 """Doing the runs of an ablation, one after the other, in one process or in several.
 
 1. Runs are done seed by seed, so that every variant has been tried once before any is tried twice. A run that is done
-   has a ``run.json`` and is not done again; one that was cut short goes on from its last checkpoint.
+   has a ``run.json`` and is not done again, unless it failed and is to be tried again; one that was cut short goes on
+   from its last checkpoint.
 2. After each run, ``results.json`` and the report are written anew, of all runs in the folder.
 3. A run under way is locked. Another process that is given the same ablation leaves it alone, does others, and waits at
    the end for what it left; the lock of a process that dies is free again.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import platform
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,8 +26,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from sentence_vipyloqwen.ablation.plan import RUNS_FOLDER, SEEDS, Run, Settings, plan
+from sentence_vipyloqwen.ablation.plots import check_plots
 from sentence_vipyloqwen.ablation.report import write_report
 from sentence_vipyloqwen.ablation.results import RESULTS_FILE
 from sentence_vipyloqwen.ablation.variants import VARIANTS
@@ -35,9 +40,11 @@ from sentence_vipyloqwen.tasks import INFO_NCE
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.build import CHECKPOINTS, model_options
 from sentence_vipyloqwen.train.evaluation import evaluate
+from sentence_vipyloqwen.train.memory import OutOfMemory
 from sentence_vipyloqwen.train.progress import LOG_FILE, read_log
 from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
+from sentence_vipyloqwen.train.task_losses import ROWS
 
 RUN_FILE, REPORT_LOCK = "run.json", "report.lock"
 LOOK_AGAIN = 10.0
@@ -55,10 +62,11 @@ class _UnderWay(Exception):
     """Another process has the run, or the one that is to leave its model, under way."""
 
 
-_FAILURES: Mapping[type[Exception], str] = {
-    NonFiniteStep: "the loss or the gradients of a step were not finite",
-    _NoModel: "the run whose model it takes has failed",
-}
+def _failure(error: Exception) -> str:
+    """What is written of a run that failed."""
+    if isinstance(error, NonFiniteStep):
+        return "the loss or the gradients of a step were not finite"
+    return "the run whose model it takes has failed" if isinstance(error, _NoModel) else str(error)
 
 
 def ablate(
@@ -68,25 +76,30 @@ def ablate(
     seeds: int = SEEDS,
     own: Mapping[str, Settings] | None = None,
     device: str | None = None,
+    retry_failed: bool = False,
     tell: Tell = lambda line: None,
 ) -> Path:
     """Do all runs that are not done yet, and report on every run in the folder; see `plan` for the arguments.
 
-    Several processes may be given the same ablation: they share the runs, and each returns when all are done.
+    Several processes may be given the same ablation: they share the runs, and each returns when all are done. A run
+    that diverges or lacks memory is kept as one that failed, and the others go on; any other error is raised.
 
     Args:
         recipe: The reference.
-        names: Variants; all by default.
+        names: Variants; by default all that apply.
         seeds: How many.
         own: Variant -> settings that replace its own.
         device: ``"cpu"`` to stay off an accelerator; the best device at hand by default.
-        tell: Called with a line before each run.
+        retry_failed: Whether runs that failed before are forgotten, whatever their settings, and tried again.
+        tell: Called with a line for each variant that is left out, and before each run.
 
     Returns:
         The raw results, ``results.json``; the report lies beside it.
 
     Raises:
-        ValueError: If `plan` refuses, the folder holds runs of other settings or data, or there are several processes.
+        ValueError: If `plan` refuses, the folder holds runs of other settings or data, a model that a run is to take
+            was deleted, or there are several processes.
+        ImportError: If matplotlib, which draws the report, is not installed.
         TrainingInterrupted: If a signal ended the run under way; the same call goes on from there.
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
@@ -94,14 +107,21 @@ def ablate(
             f"A run of an ablation has one process; got {processes}. Start it without accelerate or torchrun, as often "
             "as there are accelerators: each process does the runs that no other has under way."
         )
-    runs = plan(recipe, names, seeds=seeds, own=own)
+    check_plots()
+    runs = plan(recipe, names, seeds=seeds, own=own, tell=tell)
     output, data = Path(recipe.output), _data(recipe)
     labels = {run.folder: f"{number}/{len(runs)}  {run.name}" for number, run in enumerate(runs, 1)}
+    failed = {run.folder: done for run in runs if retry_failed and (done := _read(run.folder)) and done["failure"]}
+    for run in runs:
+        if run.variant.model_of and (run.folder in failed or not _read(run.folder)):
+            _check_not_deleted(run)
 
     def settle(run: Run) -> None:
         """Do a run unless it is done; ``_UnderWay`` if another process has it."""
         with _alone(run):
-            done = _read_done(run, data)
+            if (before := failed.get(run.folder)) and before == _read(run.folder):  # not yet tried again
+                shutil.rmtree(run.folder)
+            done = _is_done(run, data)
             tell(f"{labels[run.folder]}: {'done before' if done else run.variant.change}")
             if not done:
                 _write(run.folder / RUN_FILE, _do(run, data, device))
@@ -160,8 +180,8 @@ def _do(run: Run, data: Settings, device: str | None) -> dict[str, Any]:
     begun, failure = time.perf_counter(), None
     try:
         measured = _evaluate(run, device) if run.variant.model_of else _train(run.recipe, device)
-    except (NonFiniteStep, _NoModel) as error:
-        measured, failure = {"before": None, "after": None}, _FAILURES[type(error)]
+    except (NonFiniteStep, OutOfMemory, _NoModel) as error:
+        measured, failure = {"before": None, "after": None}, _failure(error)
     gc.collect()  # a trainer and its callbacks hold each other: their models would pile up
     return {
         "variant": run.variant.name,
@@ -186,6 +206,7 @@ def _evaluate(run: Run, device: str | None) -> dict[str, Any]:
     """The model of another run, used in another way. It has no figures from before a training."""
     path, recipe = Path(run.recipe.output) / MODEL, run.recipe
     if not path.exists():
+        _check_not_deleted(run)
         raise _NoModel
     model = ViPyloQwen(path, device=device, model_kwargs=model_options(recipe))
     model.truncate_dim = model.get_embedding_dimension() // run.variant.cut
@@ -225,12 +246,30 @@ def _digest(path: str | Path) -> str:
     return digest
 
 
-def _read_done(run: Run, data: Settings) -> bool:
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What a run has left; ``None`` of one that is not done."""
+    path = folder / RUN_FILE
+    done: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return done
+
+
+def _check_not_deleted(run: Run) -> None:
+    """Refuse to take the model of a run that went well and has lost it: that is no failure of either run."""
+    source = Path(run.recipe.output)
+    done = _read(source)
+    if done and not done["failure"] and not (source / MODEL).exists():
+        raise ValueError(
+            f"{run.name} takes the model of {source}, where {MODEL} was deleted: delete all of that folder to have it "
+            "trained anew, or choose variants that do not take its model."
+        )
+
+
+def _is_done(run: Run, data: Settings) -> bool:
     """Whether the run is done; one of other settings or data is not mixed up with it."""
-    path = run.folder / RUN_FILE
-    if not path.exists():
+    if not (done := _read(run.folder)):
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))
+    if done["failure"] and run.variant.model_of and (Path(run.recipe.output) / MODEL).exists():
+        return False  # it had no model to take, and has one now
     now = {**run.settings(), "data": data}
     then = {**done["settings"], "data": done["data"]}
     if changed := sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)):
@@ -240,23 +279,43 @@ def _read_done(run: Run, data: Settings) -> bool:
 
 
 def write_results(output: Path) -> None:
-    """Gather every run in the folder, failed ones too, in the order of the table, with what it logged."""
+    """Gather every run in the folder, failed ones too, with what it logged and how large its model is.
+
+    They stand in the order of the table; those of a variant that it does not have stand last.
+    """
     paths = output.glob(f"{RUNS_FOLDER}/*/*/{RUN_FILE}")
-    found = [{**json.loads(path.read_text(encoding="utf-8")), "curves": _curves(path.parent)} for path in paths]
-    order = list(VARIANTS)
-    found.sort(key=lambda run: (order.index(run["variant"]), run["seed"]))
+    found = [{**json.loads(path.read_text(encoding="utf-8")), **_left_in(path.parent)} for path in paths]
+    order = {name: place for place, name in enumerate(VARIANTS)}
+    found.sort(key=lambda run: (order.get(run["variant"], len(order)), run["variant"], run["seed"]))
     _write(output / RESULTS_FILE, {"runs": found})
 
 
-def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Task -> step and its InfoNCE in the steps up to there; empty of a run that trained nothing."""
-    curves = defaultdict(list)
+def _left_in(folder: Path) -> dict[str, Any]:
+    """What a training has left in its folder; of a run that trained nothing, nothing.
+
+    ``curves``: task -> step and its InfoNCE in the steps up to there. ``rows``: task -> how many rows of it were seen.
+    ``parameters``: how many numbers the model has; ``None`` where it was deleted, or an adapter is all of it.
+    """
+    curves, rows = defaultdict(list), Counter()
     for entry in read_log(folder / LOG_FILE):
         for key, value in entry.items():
             task, slash, what = key.partition("/")
             if what == INFO_NCE:
                 curves[task].append((entry["step"], value))
-    return dict(curves)
+            elif slash and what == ROWS:
+                rows[task] += value
+    return {"curves": dict(curves), "rows": dict(rows), "parameters": _parameters(folder / MODEL)}
+
+
+def _parameters(model: Path) -> int | None:
+    count = 0
+    for path in model.rglob("*.safetensors"):
+        if path.name == ADAPTER_SAFE_WEIGHTS_NAME:
+            return None
+        with safe_open(path, "pt") as weights:
+            names: list[str] = weights.keys()
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    return count or None
 
 
 def _write(path: Path, content: Settings) -> None:

@@ -21,6 +21,9 @@ from sentence_vipyloqwen.tasks import ALL_TASKS, INFO_NCE, TASKS
 from sentence_vipyloqwen.train.recipe import Recipe
 
 FULL = "full"
+LOSS, PREFIXES, POOLING, ONE_TASK, NEGATIVES, SIZE = "loss", "prefixes", "pooling", "one task", "negatives", "size"
+NOT_SHOWN = "Not shown"
+NOTHING_SHOWN = "Nothing that shows"
 ONE_MARGIN = 0.2
 SHORTEST = 8
 """What embeddings are cut to: one part in so many."""
@@ -32,12 +35,18 @@ def _unchanged(recipe: Recipe) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One change, and what it asks.
+    """One change, what it asks, and what an outcome means.
 
     Attributes:
         name: Its name.
         change: What is changed, in a few words.
         question: What it answers.
+        family: What kind of change it is; reports put those of a family together, as the table does.
+        side: Its own side of the comparison, as a sentence begins: ``"as published"``.
+        other_side: The side of what it is compared with, as it follows a figure: ``"in units of cosine"``.
+        if_better: The answer to the question where the variant is better than that.
+        if_worse: The answer where it is worse.
+        if_equal: The answer where nothing differs beyond the spread.
         settings: Of the recipe that it changes, the settings that replace those.
         against: The variant that differs from it in this change alone; ``None`` for the reference.
         model_of: The variant whose trained model is evaluated in another way; ``None`` where it trains its own.
@@ -45,17 +54,25 @@ class Variant:
         cut: Of such an evaluation, what part of its numbers an embedding is cut to, one in so many.
         only: The one task it trains on, with as many rows of it as the reference sees; its figures are of that task
             alone. ``None`` for all tasks.
+        about: The task without which it has no meaning; ``None`` where any data will do.
     """
 
     name: str
     change: str
     question: str
+    family: str = ""
+    side: str = ""
+    other_side: str = ""
+    if_better: str = "Yes"
+    if_worse: str = "No"
+    if_equal: str = NOT_SHOWN
     settings: Callable[[Recipe], Mapping[str, Any]] = _unchanged
     against: str | None = FULL
     model_of: str | None = None
     hidden_prefixes: tuple[str, ...] = ()
     cut: int = 1
     only: str | None = None
+    about: str | None = None
 
 
 def _with(**settings: Any) -> Callable[[Recipe], Mapping[str, Any]]:
@@ -79,6 +96,12 @@ def _without_prefix_of(task: str) -> Variant:
         name=f"no_{task}_prefix",
         change=f"<{task}> is seen by the loss alone, in training and evaluation",
         question=f"Does the model need the prefix of {task}, if every other task keeps its own?",
+        family=PREFIXES,
+        side=f"without the prefix of {task}",
+        other_side="with it",
+        if_better="No",
+        if_worse="Yes",
+        about=task,
         settings=_with(hidden_prefixes=[task]),
     )
 
@@ -88,7 +111,11 @@ def _only(task: str) -> Variant:
         name=f"only_{task}",
         change=f"a model for {task} alone, of as many rows of it as in full",
         question=f"Would {task} be better off with a model of its own?",
+        family=ONE_TASK,
+        side="with a model of its own",
+        other_side="with one model for all tasks",
         only=task,
+        about=task,
     )
 
 
@@ -104,12 +131,22 @@ _VARIANTS = (
         name="info_nce_only",
         change="every task has InfoNCE alone (pairs weighted as before)",
         question="Do the terms beside InfoNCE help: score, cosine, triplet?",
+        family=LOSS,
+        side="with InfoNCE alone",
+        other_side="with the other terms",
+        if_better="No",
+        if_worse="Yes",
         settings=_with(weights={task: _no_other_terms(task) for task in ALL_TASKS}),
     ),
     Variant(
         name="one_mix",
         change=f"all four terms with weight 1 and margin {ONE_MARGIN} for every task",
-        question="Is it worth choosing terms by task, or does one mix serve them all?",
+        question="Is it worth choosing terms by task, rather than one mix for all?",
+        family=LOSS,
+        side="with one mix for all",
+        other_side="with terms by task",
+        if_better="No",
+        if_worse="Yes",
         settings=_with(
             weights={task: dict.fromkeys(TERMS, 1.0) for task in ALL_TASKS},
             margins=dict.fromkeys(ALL_TASKS, ONE_MARGIN),
@@ -119,12 +156,22 @@ _VARIANTS = (
         name="published_pair_weight",
         change="a scored pair counts in InfoNCE whatever its score",
         question="Does it help to weigh a pair by its score, rather than as published?",
+        family=LOSS,
+        side="as published",
+        other_side="with pairs weighed by score",
+        if_better="No",
+        if_worse="Yes",
         settings=_with(pair_weight="uniform"),
     ),
     Variant(
         name="published_triplet",
         change="the triplet term takes similarities divided by the temperature",
         question="Do margins in units of cosine help, rather than as published?",
+        family=LOSS,
+        side="as published",
+        other_side="in units of cosine",
+        if_better="No",
+        if_worse="Yes",
         settings=_with(triplet_scale="temperature"),
     ),
     # Prefixes.
@@ -132,12 +179,24 @@ _VARIANTS = (
         name="no_prefix",
         change="prefixes are seen by the loss alone, in training and evaluation",
         question="Does the model need to see the task, or is it enough that the loss knows it?",
+        family=PREFIXES,
+        side="unseen by the model",
+        other_side="with prefixes that it sees",
+        if_better="It is enough that the loss knows it",
+        if_worse="It needs to see it",
+        if_equal="No need to see it is shown",
         settings=_with(hidden_prefixes=list(TASKS)),
     ),
     Variant(
         name="prefix_forgotten",
         change="the model of full, asked without prefixes",
         question="What does it cost to forget the prefix at inference?",
+        family=PREFIXES,
+        side="asked without prefixes",
+        other_side="with them",
+        if_better="Nothing",
+        if_worse="It has a cost",
+        if_equal=NOTHING_SHOWN,
         model_of=FULL,
         hidden_prefixes=tuple(TASKS),
     ),
@@ -147,18 +206,35 @@ _VARIANTS = (
         name="last_token_pooling",
         change="the last token is the embedding",
         question="Is the mean over all tokens better than the last one?",
+        family=POOLING,
+        side="with the last token",
+        other_side="with the mean of the tokens",
+        if_better="No",
+        if_worse="Yes",
         settings=_with(pooling="lasttoken"),
     ),
     Variant(
         name="attention_pooling",
         change="a learned query weighs the tokens",
-        question="Is a plain mean enough, or should the model learn which tokens count?",
+        question="Is a plain mean of the tokens enough, or should the model learn which of them count?",
+        family=POOLING,
+        side="with weights that are learned",
+        other_side="with a plain mean of the tokens",
+        if_better="It should learn them",
+        if_worse="A plain one is better",
+        if_equal="A plain one is enough, as far as this shows",
         settings=_with(pooling=ATTENTION),
     ),
     Variant(
         name="weighted_mean_pooling",
         change="later tokens weigh more in the mean",
-        question="Is a plain mean enough where a token sees only what stands before it?",
+        question="Is a plain mean of the tokens enough, where a token sees only what stands before it?",
+        family=POOLING,
+        side="with later tokens weighing more",
+        other_side="with a plain mean of the tokens",
+        if_better="No",
+        if_worse="Yes",
+        if_equal="Yes, as far as this shows",
         settings=_with(pooling="weightedmean"),
     ),
     # One model for all tasks.
@@ -168,25 +244,46 @@ _VARIANTS = (
         name="mixed_batches",
         change="a batch holds several tasks; negatives are of the same",
         question="Does it matter whether a batch holds one task or several?",
+        family=NEGATIVES,
+        side="with several tasks in a batch",
+        other_side="with one",
+        if_better="Yes, several are better",
+        if_worse="Yes, one is better",
+        if_equal="Not that it shows",
         settings=_with(mixed_batches=True),
     ),
     Variant(
         name="all_negatives",
         change="mixed batches, where the rows of every task are negatives",
         question="Should negatives be of the same task, or of all?",
+        family=NEGATIVES,
+        side="with negatives of all tasks",
+        other_side="with those of the same",
+        if_better="Of all",
+        if_worse="Of the same",
+        if_equal="Either, as far as this shows",
         settings=_with(mixed_batches=True, negatives="all"),
         against="mixed_batches",
     ),
     Variant(
         name="in_batch",
-        change="24 rows contrasted, 32 such batches a step",
+        change="24 rows contrasted at a time, as published, and many such batches a step",
         question="How far do the batches of the published run get: few negatives, long steps?",
+        family=NEGATIVES,
+        side="with few negatives and long steps",
+        other_side="with the batches of the recipe",
+        if_better="Further",
+        if_worse="Less far",
+        if_equal="As far, within the spread",
         settings=_with(batch_size=24, accumulation=32, loss_mini_batch_size=0, loss_mini_batch_tokens=None),
     ),
     Variant(
         name="grad_cache",
-        change="768 rows contrasted as a whole, computed 24 at a time",
+        change="all rows of such a step contrasted as a whole, computed 24 at a time (GradCache)",
         question="Do more negatives help, at the same rows a step?",
+        family=NEGATIVES,
+        side="with all rows of a step contrasted",
+        other_side="with few at a time",
         settings=_with(batch_size=768, accumulation=1, loss_mini_batch_size=24, loss_mini_batch_tokens=None),
         against="in_batch",
     ),
@@ -195,6 +292,12 @@ _VARIANTS = (
         name="cut",
         change=f"the model of full, its embeddings cut to 1/{SHORTEST}",
         question="What does it cost to cut embeddings that were not trained for it?",
+        family=SIZE,
+        side="cut",
+        other_side="whole",
+        if_better="Nothing",
+        if_worse="It has a cost",
+        if_equal=NOTHING_SHOWN,
         model_of=FULL,
         cut=SHORTEST,
     ),
@@ -202,12 +305,21 @@ _VARIANTS = (
         name="matryoshka",
         change=f"trained at whole, half, quarter and 1/{SHORTEST} of its size (Matryoshka)",
         question="What do whole embeddings lose if shorter ones are trained beside them?",
+        family=SIZE,
+        side="with shorter ones trained beside them",
+        other_side="without",
+        if_better="Nothing, they gain",
+        if_worse="They lose",
+        if_equal=NOTHING_SHOWN,
         settings=_halves,
     ),
     Variant(
         name="matryoshka_cut",
         change=f"the model of matryoshka, its embeddings cut to 1/{SHORTEST}",
         question="Does Matryoshka training help embeddings that are cut?",
+        family=SIZE,
+        side="with Matryoshka training",
+        other_side="without",
         against="cut",
         model_of="matryoshka",
         cut=SHORTEST,

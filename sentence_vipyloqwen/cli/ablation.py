@@ -24,7 +24,7 @@ def ablate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the whole ablation; each run has one in it.")] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="A variant by name; may be given often. All that fit the data by default.")
+        list[str] | None, typer.Option(help="A variant by name; may be given often. All that apply by default.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant; fewer than 3 say little.")] = 3,
     set_: Annotated[
@@ -39,6 +39,9 @@ def ablate(
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Write page and plots of the output's results.json anew; train nothing.")
     ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Forget the runs that failed before, and do them again.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Find out what each part of the method is worth: train variants of a recipe, each over several seeds.
@@ -46,14 +49,16 @@ def ablate(
     **What runs.** Every variant changes one thing about the recipe: the loss, the prefixes, the pooling, the negatives,
     the size; `--list` names them, what they change and what they ask. `full` is the recipe as it is, and always runs.
     All begin with the same base and have the same data and the same rows: where a variant changes the batch,
-    `max_steps` changes with it. Some only use another run's model in another way, and train nothing.
+    `max_steps` changes with it. Some only use another run's model in another way, and train nothing. A variant that
+    does not apply to the recipe, the base or the data is left out, with the reason; one given by name is an error.
 
     **Sizes.** `--set max_steps=400` is for every run, `--set grad_cache.batch_size=256` for one variant: those of
     `in_batch` (24 rows, 32 batches a step) and `grad_cache` (768 rows) suit a large machine.
 
     **Time.** As many trainings as variants times seeds, one after the other. Stop it when you like: the same command
     goes on from the last checkpoint (`save_steps`) of the run under way, and does no finished run again. More variants
-    or more seeds in the same folder add to it.
+    or more seeds in the same folder add to it. A run that diverges or lacks memory is kept as one that failed, with the
+    reason, and the others go on: `--retry-failed` does such runs again, with other settings if you give some.
 
     **Several at once.** Start the same command again, on another accelerator (`CUDA_VISIBLE_DEVICES=1`), another core
     (`OMP_NUM_THREADS=1`), or another machine if file locks (`flock`) hold across machines in the output folder: each
@@ -72,7 +77,6 @@ def ablate(
     from sentence_vipyloqwen.ablation.report import PAGE_FILE, write_report
     from sentence_vipyloqwen.ablation.runs import ablate as run
     from sentence_vipyloqwen.train.interruption import TrainingInterrupted
-    from sentence_vipyloqwen.train.memory import OutOfMemory
     from sentence_vipyloqwen.train.recipe import load_recipe
 
     screen = make_screen()
@@ -89,10 +93,10 @@ def ablate(
     given |= {"train": [str(path) for path in train] if train else None}
     settings = load_recipe(recipe, {**shared, **{key: value for key, value in given.items() if value is not None}})
     try:
-        run(settings, variant or (), seeds=seeds, own=own, device=device, tell=screen.print)
-    except (OutOfMemory, TrainingInterrupted) as error:
+        run(settings, variant or (), seeds=seeds, own=own, device=device, retry_failed=retry_failed, tell=screen.print)
+    except TrainingInterrupted as error:
         tell_error(error)
-        raise typer.Exit(getattr(error, "exit_code", 1)) from error
+        raise typer.Exit(error.exit_code) from error
     screen.print(_answers(Path(settings.output)))
     screen.print(f"Questions, answers, every run: {Path(settings.output) / PAGE_FILE}")
 
@@ -125,10 +129,11 @@ def _variants() -> Any:
 
 
 def _answers(output: Path) -> Any:
+    from sentence_vipyloqwen.ablation.answers import answer
     from sentence_vipyloqwen.ablation.results import load_results, summarise
 
     results = summarise(load_results(output))
-    rows = [(result.variant.name, result.variant.question, result.answer()) for result in results]
+    rows = [(result.variant.name, result.variant.question, answer(result)) for result in results]
     return _table(("variant", "question", "answer"), rows)
 
 

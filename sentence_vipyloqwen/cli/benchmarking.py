@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sentence_vipyloqwen.cli.shared import BatchSize, Device, load_any, make_screen
+from sentence_vipyloqwen.files import replacing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sentence_vipyloqwen.mteb_tasks.run import Score
 
 
 def mteb(
@@ -22,6 +29,7 @@ def mteb(
         str | None, typer.Option(help="What results are filed under, owner/name; by default the model's own name.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the lists and their tasks, and do nothing.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the table of the results to this file as well.")] = None,
     batch_size: BatchSize = 64,
     device: Device = None,
 ) -> None:
@@ -35,13 +43,11 @@ def mteb(
     **Prompts**: pairs of texts bear `<text_pair>` on both sides, queries that are instructions `<instr>`, questions on
     a picture `<vqa_single>`; documents, captions, pictures and queries for them bear none.
 
-    **Results**: one JSON file for each task in `OUTPUT/results/NAME/REVISION/`. The revision is a hash of the weights:
-    what is there already is not run again.
+    **Results**: one JSON file for each task in `OUTPUT/results/NAME/REVISION/`. The revision is a hash of the model,
+    prompts and settings included: what is there already of the same data is not run again.
 
     Example: `vipyloqwen mteb run/model --task vn-mteb --task VietnameseDocumentRetrieval`
     """
-    from rich.table import Table
-
     from sentence_vipyloqwen.mteb_tasks.run import run
     from sentence_vipyloqwen.mteb_tasks.suites import SUITES, find_tasks
 
@@ -52,6 +58,10 @@ def mteb(
     if model is None:
         raise ValueError("vipyloqwen mteb needs a model, a folder or Hub id, or --list.")
     found = find_tasks(task or ["offline"])
+    if json:  # refused before the work, not after it
+        if json.is_dir():
+            raise ValueError(f"--json {json} is a folder: name a file.")
+        json.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("mteb").setLevel(logging.ERROR)  # it warns of every prompt that is not one of its own
     scores = run(
         load_any(model, device),
@@ -61,12 +71,27 @@ def mteb(
         batch_size=batch_size,
         show_progress_bar=True,
     )
-    table = Table("task", "subset", "metric", "value")
-    for score in scores.scores:
-        table.add_row(score.task, score.subset, score.metric, f"{score.value:.4f}")
+    if json:
+        with replacing(json) as draft:
+            draft.write_text(scores.to_json() + "\n", encoding="utf-8")
     screen = make_screen()
-    screen.print(table)
+    screen.print(_table_of(scores.scores))
     screen.print(f"Results: {scores.folder}")
+
+
+def _table_of(scores: Sequence[Score]) -> Table:
+    """A row for each score; the split is named where a task has several."""
+    from rich.table import Table
+
+    splits: dict[str, set[str]] = {}
+    for score in scores:
+        splits.setdefault(score.task, set()).add(score.split)
+    several = {task for task, names in splits.items() if len(names) > 1}
+    table = Table("task", *(["split"] if several else []), "subset", "metric", "value")
+    for score in scores:
+        split = [score.split if score.task in several else ""] if several else []
+        table.add_row(score.task, *split, score.subset, score.metric, f"{score.value:.4f}")
+    return table
 
 
 def _name_of(model: str) -> str:

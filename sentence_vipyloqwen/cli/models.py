@@ -20,25 +20,46 @@ def demo(
     data_only: Annotated[
         bool, typer.Option("--data-only", help="Make data and base alone, as for `vipyloqwen ablate`.")
     ] = False,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help="How much of something to train on, e.g. `text_pairs=3000`; may be given often. An unknown name "
+            "lists them all.",
+        ),
+    ] = None,
 ) -> None:
     """Do the whole job on a tiny model: create, train, evaluate, save, load, index, search.
 
     Needs no GPU, no network and no model from a hub. Ends with a page of results to open in a browser.
     """
+    from sentence_vipyloqwen.demo.data import DemoSizes
     from sentence_vipyloqwen.demo.run import PROCESSES, prepare_demo, run_demo
     from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 
+    sizes = DemoSizes().with_train(_numbers(size or []))
     if data_only:
         if steps or processes:
             raise ValueError("--data-only trains nothing: leave out --steps and --processes.")
-        prepare_demo(output, console=make_screen())
+        prepare_demo(output, sizes=sizes, console=make_screen())
         return
     overrides = {"max_steps": steps} if steps else None
     try:
-        run_demo(output, overrides=overrides, processes=processes or PROCESSES, console=make_screen())
+        run_demo(output, sizes=sizes, overrides=overrides, processes=processes or PROCESSES, console=make_screen())
     except (ProcessLost, TrainingInterrupted) as error:
         tell_error(error)
         raise typer.Exit(getattr(error, "exit_code", 1)) from error
+
+
+def _numbers(pairs: list[str]) -> dict[str, int]:
+    """The sizes of ``--size NAME=NUMBER``."""
+    sizes = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        if not number.isdecimal():
+            raise ValueError(f"--size {pair!r}: write it as NAME=NUMBER, e.g. --size text_pairs=3000.")
+        sizes[name] = int(number)
+    return sizes
 
 
 def create(

@@ -33,7 +33,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -93,7 +93,7 @@ class SplitSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSizes:
-    """How much of everything `build_demo_data` makes; the defaults suit about ten minutes of training on two CPU cores.
+    """How much of everything `build_demo_data` makes; the defaults suit a quarter of an hour on two CPU cores.
 
     Attributes:
         train: Sizes of `train.jsonl`.
@@ -103,14 +103,14 @@ class DemoSizes:
 
     train: SplitSizes = SplitSizes(
         vqa_images=4000,
-        vqa_questions=7,
-        vqa_multi=3000,
-        captions=2000,
-        lines=15_000,
+        vqa_questions=4,
+        vqa_multi=5000,
+        captions=4000,
+        lines=20_000,
         pages=150,
         questions_per_page=2,
-        text_pairs=3000,
-        instructions=2500,
+        text_pairs=15_000,
+        instructions=5000,
     )
     eval: SplitSizes = SplitSizes(
         vqa_images=1000,
@@ -133,6 +133,19 @@ class DemoSizes:
         """
         items = max(1, round(self.items * factor))
         return DemoSizes(train=self.train.scaled(factor), eval=self.eval.scaled(factor), items=items)
+
+    def with_train(self, sizes: Mapping[str, int]) -> DemoSizes:
+        """These sizes, with some of the train split's replaced.
+
+        >>> DemoSizes().with_train({"lines": 500}).train.lines
+        500
+
+        Raises:
+            ValueError: If there is no size of that name, or one is below 1.
+        """
+        if unknown := sorted(sizes.keys() - vars(self.train).keys()):
+            raise ValueError(f"Unknown sizes {unknown}; allowed are {list(vars(self.train))}.")
+        return replace(self, train=replace(self.train, **sizes))
 
 
 @dataclass(frozen=True)

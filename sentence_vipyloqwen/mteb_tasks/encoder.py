@@ -1,16 +1,19 @@
-"""A model of ours as `mteb` calls it: what it reads, which prompt it gets, and a revision that follows its weights."""
+"""A model of ours as `mteb` calls it: what it reads, which prompt it gets, and a revision of what decides scores."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import xxhash
 from mteb.abstasks import AbsTask
 from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
-from sentence_vipyloqwen.hashing import hash_tensors
+from sentence_vipyloqwen.fingerprint import fingerprint
 from sentence_vipyloqwen.tasks import PROMPTS
 
 MODALITIES = ["text", "image"]
@@ -22,6 +25,9 @@ TYPE_PROMPTS: Mapping[str, str] = {
     "VisionCentricQA-query": "vqa_single",
 }
 """Kind of task -> our prompt; `mteb`'s keys, with ``-query`` where documents get none. All other inputs bear none."""
+
+_IDLE = ("_name_or_path", "transformers_version", "use_cache")
+"""What a backbone's config says that no vector depends on."""
 
 
 def task_prompts(tasks: Iterable[AbsTask]) -> dict[str, str]:
@@ -38,6 +44,32 @@ def task_prompts(tasks: Iterable[AbsTask]) -> dict[str, str]:
         if task.metadata.category == "it2t"
     }
     return {key: PROMPTS[name] for key, name in {**TYPE_PROMPTS, **names}.items()}
+
+
+def revision_of(model: SentenceTransformer) -> str:
+    """A hash of what decides a model's scores, 32 hexadecimal digits: models of equal ones need not be measured twice.
+
+    1. Its fingerprint: weights, dimensions, prompts, pixel budget, vocabulary, quantisation.
+    2. How its modules are set up, pooling among them, and the backbone's own config.
+    3. The chat template, and how two vectors are compared.
+    4. The prompts that tasks get here.
+    """
+    backbone = getattr(getattr(model[0], "model", None), "config", None)
+    facts = {
+        "fingerprint": fingerprint(model).to_dict(),  # 1
+        "modules": [module.get_config_dict() for module in model if hasattr(module, "get_config_dict")],  # 2
+        "backbone": _settings(backbone.to_dict()) if backbone else None,
+        "jpeg_draft": bool(getattr(model[0], "jpeg_draft", False)),
+        "template": getattr(getattr(model[0], "tokenizer", None), "chat_template", None),  # 3
+        "similarity": model.similarity_fn_name,
+        "task_prompts": task_prompts(()),  # 4
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in _IDLE}
+    return {name: _settings(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 class ViPyloQwenEncoder(SentenceTransformerEncoderWrapper):
@@ -57,7 +89,7 @@ class ViPyloQwenEncoder(SentenceTransformerEncoderWrapper):
         self.mteb_model_meta = self.mteb_model_meta.model_copy(
             update={
                 "name": name,
-                "revision": hash_tensors(model.state_dict().items()),
+                "revision": revision_of(model),
                 "modalities": MODALITIES,
                 "languages": ["vie-Latn", "eng-Latn", "zho-Hans"],
             }

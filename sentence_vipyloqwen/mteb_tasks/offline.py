@@ -1,8 +1,9 @@
 """Tasks of `mteb` on data that packages ship or that we render: they need no network.
 
-Each is drawn from a seed, so that equal seeds give equal data. Pages and pairs are drawn apart from the demo's training
-data and do not avoid them: to a model of the demo they are new pages of kinds that it has seen. Pictures of easy-vqa
-are those of its test split, which the demo does not train on.
+Each is drawn from a seed, so that equal seeds give equal data. All of it is held out from the training of the demo of
+that seed and of the default sizes: pages and pairs are what its eval split says, and its train split avoids every
+answer, text and content of those; pictures of easy-vqa are of its test split. To a model of the demo they are new data
+of kinds that it has seen. The demo's own evaluation reads the same, and chooses nothing by it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks import AbsTask, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from sentence_vipyloqwen.demo.data import DemoSizes
 from sentence_vipyloqwen.demo.sources import cldr, documents, easy_vqa
 from sentence_vipyloqwen.mteb_tasks.queries import CHINESE, ENGLISH, PLAIN, TYPOS, VIETNAMESE, write_query
 
 SPLIT = "test"
 DEFAULT = "default"
-_SOURCE = {"path": "sentence-vipyloqwen", "revision": "1"}
-"""Where `mteb` would load from; a revision changes whenever the data of a task do."""
+_PATH = "sentence-vipyloqwen"
+"""Where `mteb` would load from."""
+
+_HELD_OUT = DemoSizes().eval
+"""How much the demo holds out, which is as much as the tasks can have of it."""
 
 _FACTS: dict[str, Any] = {
     "eval_splits": [SPLIT],
@@ -33,15 +38,44 @@ _FACTS: dict[str, Any] = {
 """What `mteb` wants to know of a task, and is the same for all of ours."""
 
 
-class VietnameseDocumentRetrieval(AbsTaskRetrieval):
+class _Drawn(AbsTask):
+    """A task whose data follow from its arguments: its revision names them, so that its results are of the same data.
+
+    The revision of the class is raised by hand whenever equal arguments give other data.
+    """
+
+    _drawn_by: tuple[str, ...]
+    """The attributes that hold the arguments."""
+
+    def _name_data(self) -> None:
+        published = type(self).metadata
+        arguments = [f"{name}={getattr(self, name)}" for name in self._drawn_by]
+        dataset = {**published.dataset, "revision": "-".join([published.revision, *arguments])}
+        self.metadata = published.model_copy(update={"dataset": dataset})
+
+    def unload_data(self) -> None:
+        """Free the data; `mteb` also forgets the revision then, which stays that of the arguments."""
+        super().unload_data()
+        self._name_data()
+
+
+class VietnameseDocumentRetrieval(_Drawn, AbsTaskRetrieval):
     """Find the rendered Vietnamese page that a query means; a subset for each way of writing the query.
 
-    The pages (invoices, receipts, forms, number plates, contracts) are the same in each subset.
+    The pages (invoices, receipts, forms, number plates, contracts) are the same in each subset. They say what the first
+    pages of the demo's eval split say: no name, shop, sum, birthday or plate that a query asks for is an answer that
+    the demo of the same seed trains on. What recurs are goods, unit prices and the five kinds of contract.
+
+    English and Chinese queries translate what stands around the values and keep names, days and amounts as the page
+    writes them: these subsets measure whether a value is found among foreign words, not whether it is translated.
 
     Args:
-        pages: How many of each kind of page.
-        data_seed: Of the pages and the typing errors.
+        pages: How many of each kind of page, at most 60: as many as the demo holds out.
+        data_seed: The demo's seed; also of how the pages look, and of the typing errors.
         **kwargs: As for `mteb`'s tasks.
+
+    Raises:
+        ValueError: If more pages are asked for than are held out.
     """
 
     metadata = TaskMetadata(
@@ -51,7 +85,7 @@ class VietnameseDocumentRetrieval(AbsTaskRetrieval):
         type="DocumentUnderstanding",
         category="t2i",
         modalities=["text", "image"],
-        dataset=_SOURCE,
+        dataset={"path": _PATH, "revision": "2"},
         eval_langs={
             VIETNAMESE: ["vie-Latn"],
             PLAIN: ["vie-Latn"],
@@ -66,11 +100,14 @@ class VietnameseDocumentRetrieval(AbsTaskRetrieval):
         sample_creation="created",
         **_FACTS,
     )
+    _drawn_by = ("pages", "data_seed")
 
     def __init__(self, *, pages: int = 40, data_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        _check("pages", pages, _HELD_OUT.pages)
         self.pages = pages
         self.data_seed = data_seed
+        self._name_data()
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         """Draw and render the pages, and write their queries."""
@@ -79,7 +116,7 @@ class VietnameseDocumentRetrieval(AbsTaskRetrieval):
         drawn = [
             page
             for domain in documents.PAGE_SIZES
-            for page in documents.draw_pages(domain, self.pages, self._rng(domain))
+            for page in documents.draw_pages(domain, self.pages, _demo_rng(self.data_seed, domain))
         ]
         pages = {f"page-{place:04d}": page for place, page in enumerate(drawn)}
         corpus = _with_images({of: documents.render_page(page, self._rng(of)) for of, page in pages.items()})
@@ -97,7 +134,7 @@ class VietnameseDocumentRetrieval(AbsTaskRetrieval):
         return random.Random(f"{self.data_seed}/{what}")
 
 
-class EasyVQARetrieval(AbsTaskRetrieval):
+class EasyVQARetrieval(_Drawn, AbsTaskRetrieval):
     """Answer a question on a picture of the `easy-vqa` package's test split, out of its 13 answers.
 
     Args:
@@ -112,7 +149,7 @@ class EasyVQARetrieval(AbsTaskRetrieval):
         type="Any2AnyRetrieval",
         category="it2t",
         modalities=["text", "image"],
-        dataset=_SOURCE,
+        dataset={"path": _PATH, "revision": "1"},
         eval_langs=["eng-Latn"],
         main_score="hit_rate_at_1",
         reference="https://github.com/vzhou842/easy-VQA",
@@ -122,11 +159,13 @@ class EasyVQARetrieval(AbsTaskRetrieval):
         sample_creation="found",
         **_FACTS,
     )
+    _drawn_by = ("pictures", "data_seed")
 
     def __init__(self, *, pictures: int = 200, data_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.pictures = pictures
         self.data_seed = data_seed
+        self._name_data()
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         """Read the pictures and their questions."""
@@ -149,13 +188,19 @@ class EasyVQARetrieval(AbsTaskRetrieval):
         self.data_loaded = True
 
 
-class CLDRPairSTS(AbsTaskSTS):
+class CLDRPairSTS(_Drawn, AbsTaskSTS):
     """Graded pairs of texts in Vietnamese, English and Chinese, of Unicode's CLDR: lists of names, dates, amounts.
 
+    They are a sample of the pairs of the demo's eval split, so neither a text nor a content of them is in any text that
+    the demo of the same seed trains on.
+
     Args:
-        pairs: How many.
-        data_seed: Of the pairs.
+        pairs: How many, at most 600: as many as the demo holds out.
+        data_seed: The demo's seed; also of the sample.
         **kwargs: As for `mteb`'s tasks.
+
+    Raises:
+        ValueError: If more pairs are asked for than are held out.
     """
 
     metadata = TaskMetadata(
@@ -163,7 +208,7 @@ class CLDRPairSTS(AbsTaskSTS):
         description="How much of their content two texts share, across Vietnamese, English and Chinese.",
         type="STS",
         category="t2c",
-        dataset=_SOURCE,
+        dataset={"path": _PATH, "revision": "2"},
         eval_langs=["vie-Latn", "eng-Latn", "zho-Hans"],
         main_score="cosine_spearman",
         reference="https://cldr.unicode.org",
@@ -175,17 +220,21 @@ class CLDRPairSTS(AbsTaskSTS):
     )
     min_score = 0
     max_score = 1
+    _drawn_by = ("pairs", "data_seed")
 
     def __init__(self, *, pairs: int = 400, data_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        _check("pairs", pairs, _HELD_OUT.text_pairs)
         self.pairs = pairs
         self.data_seed = data_seed
+        self._name_data()
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         """Draw the pairs."""
         if self.data_loaded:
             return
-        pairs = cldr.draw_pairs(self.pairs, random.Random(f"{self.data_seed}/mteb"))
+        held_out = cldr.draw_pairs(_HELD_OUT.text_pairs, _demo_rng(self.data_seed, "text_pair"))
+        pairs = random.Random(f"{self.data_seed}/mteb").sample(held_out, self.pairs)
         columns = {
             "sentence1": [pair.anchor for pair in pairs],
             "sentence2": [pair.positive for pair in pairs],
@@ -193,6 +242,16 @@ class CLDRPairSTS(AbsTaskSTS):
         }
         self.dataset = DatasetDict({SPLIT: Dataset.from_dict(columns)})
         self.data_loaded = True
+
+
+def _check(name: str, count: int, held_out: int) -> None:
+    if not 1 <= count <= held_out:
+        raise ValueError(f"{name} = {count}: allowed is 1 to {held_out}, as many as the demo holds out from training")
+
+
+def _demo_rng(seed: int, what: str) -> random.Random:
+    """The generator of one part of the demo's eval split, as `demo.data` names it."""
+    return random.Random(f"{seed}/eval/{what}")
 
 
 def _with_images(images: Mapping[str, Any]) -> Dataset:

@@ -52,7 +52,8 @@ _KINDS: Mapping[str, Mapping[str, str]] = {
 """Kinds of contracts, the one value of a page that a query translates."""
 
 _SHARE_OF_ERRORS = 0.3
-_SHORTEST_WORD = 3
+_WORD = re.compile(r"\b[^\W\d_]{3,}\b")
+"""Three letters or more, with no digit next to them."""
 
 
 def write_query(page: Page, kind: str, rng: random.Random) -> str:
@@ -77,12 +78,15 @@ def strip_diacritics(text: str) -> str:
 
 
 def add_typing_errors(text: str, rng: random.Random) -> str:
-    """Damage about a third of the words of three letters or more, at least one; numbers and short words stay."""
-    words = re.split(r"(\s+)", text)
-    long = [place for place, word in enumerate(words) if len(word) >= _SHORTEST_WORD and word.isalpha()]
-    for place in rng.sample(long, min(len(long), max(1, round(_SHARE_OF_ERRORS * len(long))))):
-        words[place] = _damage(words[place], rng)
-    return "".join(words)
+    """Damage about a third of the words of three letters or more, at least one, punctuation around them or not.
+
+    Short words stay, and so do digits and the letters next to them: a wrong number would ask for another document.
+    """
+    words = list(_WORD.finditer(text))
+    chosen = rng.sample(words, min(len(words), max(1, round(_SHARE_OF_ERRORS * len(words)))))
+    for word in sorted(chosen, key=re.Match.start, reverse=True):  # from the end, so that earlier places stay right
+        text = text[: word.start()] + _damage(word.group(), rng) + text[word.end() :]
+    return text
 
 
 def _damage(word: str, rng: random.Random) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,14 @@ class Score:
 
     Attributes:
         task: The task's name.
+        split: Of the task's data, such as ``test``.
         subset: The part: ``default``, or one of several, such as a language.
         metric: The task's main metric.
         value: Its value.
     """
 
     task: str
+    split: str
     subset: str
     metric: str
     value: float
@@ -43,6 +47,10 @@ class Scores:
     scores: list[Score]
     folder: Path
 
+    def to_json(self) -> str:
+        """Every score, as a list of ``{"task", "split", "subset", "metric", "value"}``."""
+        return json.dumps([dataclasses.asdict(score) for score in self.scores], ensure_ascii=False, indent=1)
+
 
 def run(
     model: SentenceTransformer,
@@ -55,7 +63,8 @@ def run(
 ) -> Scores:
     """Measure a model and write the results as `mteb` files them: ``results/<model>/<revision>/<task>.json``.
 
-    The revision is a hash of the weights: tasks that the same weights have results of there are not run again.
+    The revision is a hash of the model (:func:`~sentence_vipyloqwen.mteb_tasks.encoder.revision_of`). A task that the
+    same model has results of there is not run again, unless they are of other data: `mteb` alone would return those.
 
     Args:
         model: The model.
@@ -68,20 +77,28 @@ def run(
     tasks = list(tasks)
     encoder = ViPyloQwenEncoder(model, name if "/" in name else f"local/{name}", tasks)
     cache = ResultCache(output)
-    results = mteb.evaluate(
-        encoder,
-        tasks,
-        cache=cache,
-        co2_tracker=False,
-        encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
-        show_progress_bar=show_progress_bar,
-    )
-    metrics = {task.metadata.name: task.metadata.main_score for task in tasks}
-    scores = [
-        Score(result.task_name, part["hf_subset"], metrics[result.task_name], part["main_score"])
-        for result in results.task_results
-        for parts in result.scores.values()
-        for part in parts
-    ]
+    scores: list[Score] = []
+    for task in tasks:
+        measured = mteb.evaluate(
+            encoder,
+            [task],
+            cache=cache,
+            overwrite_strategy="only-missing" if _is_current(cache, encoder, task) else "always",
+            co2_tracker=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
+            show_progress_bar=show_progress_bar,
+        )
+        scores += [
+            Score(result.task_name, split, part["hf_subset"], task.metadata.main_score, part["main_score"])
+            for result in measured.task_results
+            for split, parts in result.scores.items()
+            for part in parts
+        ]
     folder = cache.get_task_result_path(tasks[0].metadata.name, encoder.mteb_model_meta).parent
     return Scores(scores, folder)
+
+
+def _is_current(cache: ResultCache, encoder: ViPyloQwenEncoder, task: AbsTask) -> bool:
+    """Whether no results lie there of other data than the task's."""
+    stored = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
+    return stored is None or stored.is_mergeable(task)

@@ -198,6 +198,7 @@ def make_arguments(recipe: Recipe, output: Path, device: str | None) -> Sentence
         restore_callback_states_from_checkpoint=True,
         logging_steps=recipe.logging_steps,
         dataloader_num_workers=recipe.workers,
+        dataloader_persistent_workers=recipe.workers > 0,  # a fork among gloo's threads may hang: one, not one an epoch
         ddp_timeout=recipe.ddp_timeout,
         ddp_find_unused_parameters=False,  # the vision tower runs in every forward pass
         ddp_broadcast_buffers=False,  # there are none that change

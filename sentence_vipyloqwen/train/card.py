@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 from sentence_transformers.base.model_card import generate_model_card
+from sentence_transformers.util import get_world_size
 
 from sentence_vipyloqwen.model import ViPyloQwen
-from sentence_vipyloqwen.model_card import CARD_FILE, Figure, TrainingNotes, ViPyloQwenModelCardData
+from sentence_vipyloqwen.model_card import CARD_FILE, Figure, MixPhase, TrainingNotes, ViPyloQwenModelCardData
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator
 from sentence_vipyloqwen.train.progress import LOG_FILE, read_log
-from sentence_vipyloqwen.train.recipe import Recipe
+from sentence_vipyloqwen.train.recipe import BY_ROWS, Recipe
 from sentence_vipyloqwen.train.report import draw_curves
+from sentence_vipyloqwen.train.sampling import MULTIMODAL, PROPORTIONAL, TEXT
 
 _PATHS = ("base", "train", "eval", "vision_cache")
 
@@ -43,7 +47,9 @@ def write_model_card(
     if evaluator and after:
         steps = [entry["step"] for entry in read_log(Path(recipe.output) / LOG_FILE)]
         card.set_evaluation_metrics(evaluator, after.flat(), step=max(steps, default=0))
-    card.notes = TrainingNotes(_publishable(recipe), _figures(before, after) if after else ())
+    mix = _mix(recipe, {split["name"]: split["size"] for split in card.train_datasets})
+    figures = _figures(before, after) if after else ()
+    card.notes = TrainingNotes(_publishable(recipe), figures, _sampling(recipe), mix)
     card.curves = draw_curves(recipe.output)
     card.save_dir = str(folder)
     card.write_assets(folder)
@@ -62,6 +68,58 @@ def _figures(before: Evaluation | None, after: Evaluation) -> list[Figure]:
         )
         for name, result in after.tasks.items()
     ]
+
+
+def _sampling(recipe: Recipe) -> str:
+    """How batches were drawn: what the tables of rows and shares leave open."""
+    weight = "n" if recipe.mix_temperature == PROPORTIONAL else f"n ** {recipe.mix_temperature:g}"
+    named = {*recipe.mix, *(name for phase in recipe.phases() for name in phase.mix)}
+    if recipe.sampling != BY_ROWS:
+        said = "Batches came in turn, one of each, until one had no more, however many rows each has."
+    elif recipe.curriculum:
+        said = "Batches were drawn by a curriculum: in each phase, up to a share of the run's steps, in these shares."
+    elif recipe.mix:
+        said = "Batches were drawn in these shares, however many rows each task has."
+    elif recipe.mixes_tasks:
+        said = f"Batches were drawn in these shares: a task of n batches weighs {weight}."
+    else:
+        said = "Batches were drawn in proportion to the rows."
+    if named & {TEXT, MULTIMODAL}:
+        groups = f"`{TEXT}` is every task without an image, `{MULTIMODAL}` every other"
+        said += f"\n{groups}; within them, a task of n batches weighs {weight}."
+    return said
+
+
+def _mix(recipe: Recipe, rows: Mapping[str, int]) -> list[MixPhase]:
+    """The shares that were in force; none where batches were drawn by rows.
+
+    Args:
+        recipe: The settings of the run.
+        rows: Split -> how many it has.
+    """
+    if recipe.sampling != BY_ROWS:
+        return [MixPhase(1.0, _shares(dict.fromkeys(rows, 1.0)))]
+    if recipe.curriculum:
+        return [MixPhase(phase.until, _shares(phase.mix)) for phase in recipe.phases()]
+    if recipe.mix:
+        return [MixPhase(1.0, _shares(recipe.mix))]
+    if recipe.mixes_tasks:
+        return [MixPhase(1.0, _shares(_tempered(recipe, rows)))]
+    return []
+
+
+def _tempered(recipe: Recipe, rows: Mapping[str, int]) -> dict[str, float]:
+    """Task -> its weight by the number of its batches; of several processes none gets a batch that is not full."""
+    round_ = math.floor if get_world_size() > 1 else math.ceil
+    batches: dict[str, int] = {}
+    for split, size in rows.items():
+        task = split.partition(".")[0]
+        batches[task] = batches.get(task, 0) + round_(size / recipe.batch_size)
+    return {task: count**recipe.mix_temperature if count else 0.0 for task, count in batches.items()}
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def _publishable(recipe: Recipe) -> str:

@@ -33,6 +33,8 @@ def test_the_table_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     told = " ".join(capsys.readouterr().out.split())
+    for words in ("--retry-failed", "is left out, with the reason", "lacks memory is kept as one that failed"):
+        assert words in told
     for words in ("--seeds", "--list", "results.json", "grad_cache.batch_size=256", "goes on from the last checkpoint"):
         assert words in told
 
@@ -53,6 +55,22 @@ def test_an_ablation_from_the_command_line(
     (tmp_path / "ablation.html").unlink()
     assert run(monkeypatch, "--redraw", "--output", tmp_path) == 0
     assert (tmp_path / "ablation.html").exists()
+
+
+def test_failed_runs_are_tried_again_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, base: Path, records: Path, tmp_path: Path
+) -> None:
+    given: list[bool] = []
+
+    def ablated(recipe: Any, variants: Any, *, retry_failed: bool, **options: Any) -> None:
+        given.append(retry_failed)
+        raise TrainingInterrupted("enough", 15)
+
+    monkeypatch.setattr("sentence_vipyloqwen.ablation.runs.ablate", ablated)
+    files = ["--base", base, "--train", records, "--eval", records, "--output", tmp_path]
+    for more in ([], ["--retry-failed"]):
+        assert run(monkeypatch, *files, *more) == 143
+    assert given == [False, True]
 
 
 def test_errors_and_early_ends(

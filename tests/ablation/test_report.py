@@ -83,13 +83,15 @@ def test_the_page_names_every_run(runs: list[dict[str, Any]], tmp_path: Path) ->
     assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", page)  # nothing from elsewhere
     for words in (
         RULE,
-        "The mean is worse by 0.090 (0.500 ± 0.000 to 0.410 ± 0.010).",
-        "By task: ocr is worse by 0.100",
+        "Yes: with one mix for all, the average of the two tasks falls by 0.090 (from 0.500 with terms by task to "
+        "0.410); beyond the spread in ocr, by 0.100.",
+        "<li><code>one_mix</code> -0.090: all four terms with weight 1",
+        "<td>an instruction, in one turn or several</td><td>its answer</td><td>info_nce + cosine</td><td>ndcg@10</td>",
+        "<dt>training</dt><dd>7 steps of 8 rows: 56 rows</dd>",
         "-0.090 ± 0.010",
         "0.400 to 0.420",
         "Is it worth choosing terms by task",
         "Failed with seed 0.",
-        "ocr by ndcg@10",
         "torch 2.0",
     ):
         assert words in page, words
@@ -115,7 +117,8 @@ def test_runs_that_trained_nothing_have_no_curves(run_of: RunOf, tmp_path: Path)
 
 def test_the_reference_alone_is_a_page_too(run_of: RunOf, tmp_path: Path) -> None:
     page = write(tmp_path, [run_of("full", 0, 0.5, ocr=0.5)]).read_text(encoding="utf-8")
-    assert "A mean of 0.500, from which the others are counted." in page
+    assert "An average of 0.500, with which the others are compared." in page
+    assert "In short" not in page
     assert "by chance" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "results.json"])
 
@@ -125,19 +128,51 @@ def test_the_same_stands_in_markdown(runs: list[dict[str, Any]], run_of: RunOf, 
     write(tmp_path, [*runs, *single])
     lines = (tmp_path / "ablation.md").read_text(encoding="utf-8").splitlines()
     for line in (
-        "| `one_mix` | `full` | **-0.090 ± 0.010** | **-0.100 ± 0.000** | +0.000 ± 0.000 |",
-        "| `only_ocr` | `full` |  | **+0.100 ± 0.000** |  |",
+        "| variant | against | seeds | average | ocr | instr |",
+        "| `one_mix` | `full` | 3 | **-0.090 ± 0.010** | **-0.100 ± 0.000** | +0.000 ± 0.000 |",
+        "| `cut` | `full` | 2 | **-0.200 ± 0.000** | **-0.300 ± 0.000** | **-0.100 ± 0.000** |",
+        "| `only_ocr` | `full` | 3 |  | **+0.100 ± 0.000** |  |",
+        "- `only_ocr` +0.100 in ocr: a model for ocr alone, of as many rows of it as in full",
+        "| ocr | \\<ocr> | an image, with a question or without | the text that it shows | info_nce + triplet, margin "
+        "0.2 | ndcg@10 |",
         "| `one_mix` | 3 | 0.410 ± 0.010 | 0.500 ± 0.000 | 0.400 ± 0.000 |",
         "| `one_mix` | 0 | 7 | 8 | 36 |  | 0.400 | 0.500 | 0.400 |",
         "| `no_prefix` | 0 | 7 | 8 | 36 |  | not finite |",
-        "![Figures of every variant, for the mean and each task](values.svg)",
+        "![Figures of every variant, in the average and each task](values.svg)",
     ):
         assert line in lines, line
     assert any(r"\<text_pair> is seen by the loss alone" in line for line in _markdown(tmp_path, run_of))
     widths = [line.count("|") for line in lines if line.startswith("| `one_mix` |")]
-    assert widths == [6, 6, 10, 10, 10]  # differences, figures, each run
+    assert widths == [5, 7, 6, 10, 10, 10]  # question, difference, figures, each run
+    head = "\n".join(lines).split("## Questions and answers")[0].replace("mean over the seeds", "")
+    assert " mean" not in head  # what is taken over the tasks is called an average
 
 
 def _markdown(folder: Path, run_of: RunOf) -> list[str]:
     write(folder, [run_of(name, 0, 0.5, ocr=0.5) for name in ("full", "no_text_pair_prefix")])
     return (folder / "ablation.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_a_failure_in_words_is_a_cell_of_its_row(runs: list[dict[str, Any]], run_of: RunOf, tmp_path: Path) -> None:
+    failed = {**run_of("no_prefix", 1, None), "failure": "memory lacks for 3 | 4 <ocr>"}
+    page = write(tmp_path, [*runs, failed]).read_text(encoding="utf-8")
+    assert "memory lacks for 3 | 4 &lt;ocr&gt;" in page
+    row = r"| `no_prefix` | 1 | 7 | 8 | 36 |  | memory lacks for 3 \| 4 \<ocr> |"
+    assert row in (tmp_path / "ablation.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_runs_of_a_variant_that_the_table_lacks_are_listed(run_of: RunOf, tmp_path: Path) -> None:
+    page = write(tmp_path, [run_of("full", 0, 0.5, ocr=0.5), run_of("renamed", 0, 0.4, ocr=0.4)])
+    tags = Tags()
+    tags.feed(page.read_text(encoding="utf-8"))
+    assert tags.rows[-1] == ["renamed", "0", "7", "8", "36", "", "0.400", "0.400"]
+    text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    assert "This version's table of variants lacks `renamed`: their runs stand here" in text
+
+
+def test_settings_beyond_a_change_are_shown(run_of: RunOf, tmp_path: Path) -> None:
+    small = run_of("in_batch", 0, 0.5, ocr=0.5)
+    small["settings"] = {**small["settings"], "batch_size": 2, "accumulation": 8}
+    write(tmp_path, [run_of("full", 0, 0.5, ocr=0.5), small])
+    text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    assert "many such batches a step (`batch_size 2`, `accumulation 8`) |" in text

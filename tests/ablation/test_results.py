@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sentence_vipyloqwen.ablation.results import MEAN, Difference, Spread, load_results, summarise
+from sentence_vipyloqwen.ablation.results import MEAN, Difference, Spread, load_results, summarise, unknown_variants
 
 RunOf = Callable[..., dict[str, Any]]
 
@@ -69,29 +69,10 @@ def test_every_variant_is_compared_with_its_own_counterpart(run_of: RunOf) -> No
     assert full.figures[MEAN].mean == pytest.approx(0.51)
     assert full.figures["instr"].mean == 0  # undefined
     assert not full.differences
-    assert full.answer() == "A mean of 0.510 ± 0.010, from which the others are counted."
-    assert (one_mix.failed, one_mix.figures, one_mix.answer()) == ([0], {}, "Every run failed.")
-    assert mixed.answer() == (
-        "No difference beyond the spread in the mean. By task: ocr is worse by 0.100 (0.600 ± 0.000 to 0.500 ± 0.000); "
-        "instr is better by 0.500 (0.000 ± 0.000 to 0.500 ± 0.000)."
-    )
     assert negatives.differences[MEAN].by_seed.mean == pytest.approx(-0.32)  # against mixed_batches, of two seeds
-    assert negatives.answer() == (
-        "The mean is worse by 0.320 (0.520 ± 0.000 to 0.200 ± 0.000). By task: none differs beyond the spread."
-    )
+    assert [result.compared_seeds for result in (full, mixed, negatives)] == [0, 3, 2]
+    assert (one_mix.failed, one_mix.figures) == ([0], {})
     assert (negatives.failed, negatives.seconds) == ([2], 108.0)
-
-
-def test_one_seed_and_equal_runs_are_said_plainly(run_of: RunOf) -> None:
-    full, only = summarise([run_of("full", 0, 0.5), run_of("one_mix", 0, 0.7)])
-    assert (
-        only.answer()
-        == "The mean is better by 0.200 (0.500 to 0.700); one seed shows no spread, so this does not count."
-    )
-    full, equal = summarise([run_of(name, seed, 0.5) for name in ("full", "one_mix") for seed in (0, 1)])
-    assert equal.answer() == "No difference beyond the spread, in the mean or in any task."
-    (alone,) = summarise([run_of("one_mix", 0, 0.7)])
-    assert alone.answer() == "The mean: 0.700; full has no run to compare it with yet."
 
 
 def test_a_model_for_one_task_is_compared_in_that_task_alone(run_of: RunOf) -> None:
@@ -102,10 +83,14 @@ def test_a_model_for_one_task_is_compared_in_that_task_alone(run_of: RunOf) -> N
     ]
     _, instr, ocr = summarise(runs)
     assert (set(ocr.figures), set(ocr.differences)) == ({"ocr"}, {"ocr"})
-    assert ocr.answer() == "ocr is better by 0.200 (0.600 ± 0.000 to 0.800 ± 0.000)."
-    assert instr.answer() == "instr does not differ beyond the spread."
-    (alone,) = summarise([run_of("only_ocr", 0, 0.1, ocr=0.8)])
-    assert alone.answer() == "ocr: 0.800; full has no run to compare it with yet."
+    assert (ocr.main, instr.main) == ("ocr", "instr")
+
+
+def test_a_variant_of_another_version_is_no_result(run_of: RunOf) -> None:
+    runs = [run_of("full", 0, 0.5, ocr=0.6), run_of("renamed", 0, 0.9, ocr=0.9)]
+    assert [result.variant.name for result in summarise(runs)] == ["full"]
+    assert unknown_variants(runs) == ["renamed"]
+    assert unknown_variants(runs[:1]) == []
 
 
 def test_curves_are_means_over_the_seeds(run_of: RunOf) -> None:

@@ -17,8 +17,10 @@ from sentence_vipyloqwen.ablation import runs as module
 from sentence_vipyloqwen.ablation.plan import Run, plan
 from sentence_vipyloqwen.ablation.runs import ablate
 from sentence_vipyloqwen.ablation.variants import VARIANTS
+from sentence_vipyloqwen.tasks import ALL_TASKS, TASKS
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.evaluation import evaluate
+from sentence_vipyloqwen.train.memory import OutOfMemory
 from sentence_vipyloqwen.train.progress import read_log
 from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.run import train
@@ -114,6 +116,15 @@ def test_results_have_the_curves_that_runs_logged(everything: tuple[Path, list[s
     assert curves["prefix_forgotten"] == {}
 
 
+def test_results_have_the_rows_seen_and_the_size_of_the_model(everything: tuple[Path, list[str]]) -> None:
+    found = {run["variant"]: run for run in results_of(everything[0])}
+    assert sum(found["full"]["rows"].values()) == 2 * 4
+    assert found["only_ocr"]["rows"] == {"ocr": 4}  # its share of two steps
+    model = ViPyloQwen(everything[0] / "runs" / "full" / "seed-5" / "model", device="cpu")
+    assert found["full"]["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert (found["cut"]["rows"], found["cut"]["parameters"]) == ({}, None)
+
+
 def test_checkpoints_of_a_run_that_is_done_are_gone(everything: tuple[Path, list[str]]) -> None:
     folder = everything[0] / "runs" / "full" / "seed-5"
     assert not (folder / "checkpoints").exists()
@@ -148,12 +159,17 @@ def test_a_model_for_one_task_has_that_task_s_share_of_the_steps(
     mixed = make_recipe(tmp_path, **given, mix={"instr": 1.0, "text_pair": 4.0})
     recipes = {run.variant.name: run.recipe for run in plan(mixed, names, seeds=1)}
     assert (recipes["only_instr"].max_steps, recipes["only_text_pair"].max_steps) == (20, 80)
+    some = make_recipe(tmp_path, mix={task: float(task in ("instr", "ocr")) for task in ALL_TASKS})
+    (*_, alone) = plan(some, ["only_instr"], seeds=1)
+    assert alone.recipe.mix == {task: float(task == "instr") for task in ALL_TASKS}  # every task of the data is named
     passes = make_recipe(tmp_path, **{**given, "max_steps": 0, "epochs": 2.0})
     recipes = {run.variant.name: run.recipe for run in plan(passes, names, seeds=1)}
     assert (recipes["full"].epochs, recipes["only_instr"].epochs) == (2.0, 1.5)
-    with pytest.raises(ValueError, match=r"only_ocr: its share of the steps is not known.*\['instr', 'text_pair'\]"):
+    with pytest.raises(
+        ValueError, match=r"only_ocr does not apply: the data has no ocr; it has \['instr', 'text_pair'\]"
+    ):
         plan(make_recipe(tmp_path, **given), ["only_ocr"], seeds=1)
-    with pytest.raises(ValueError, match=r"only_instr: its mix is its task alone; got \{'text': 1.0\}"):
+    with pytest.raises(ValueError, match=r"only_instr does not apply: its mix is its task alone; got \{'text': 1.0\}"):
         plan(make_recipe(tmp_path, **given), ["only_instr"], seeds=1, own={"only_instr": {"mix": {"text": 1.0}}})
 
 
@@ -161,7 +177,8 @@ def test_a_model_for_one_task_has_that_task_s_share_of_the_steps(
     ("settings", "single"),
     [
         ({}, {"only_instr", "only_ocr"}),
-        ({"mix": {"instr": 1.0, "ocr": 0.0}}, {"only_instr"}),
+        ({"mix": {"instr": 1.0, "ocr": 2.0}}, {"only_instr", "only_ocr"}),
+        ({"mix": {"instr": 1.0, "ocr": 0.0}}, set()),  # one task alone is the reference's
         ({"mix": {"text": 1.0, "multimodal": 1.0}}, set()),
         ({"mix_temperature": 0.5}, set()),
         ({"sampling": "round_robin"}, set()),
@@ -181,10 +198,11 @@ def test_models_for_one_task_are_tried_where_they_are_fair_peers(
         if name in single:
             assert plan(recipe, [name], seeds=1)
         else:
-            with pytest.raises(ValueError, match=f"Variant {name}: its share of the steps is not known"):
+            with pytest.raises(
+                ValueError, match=f"Variant {name} does not apply: (its share of the steps is not|the refer)"
+            ):
                 plan(recipe, [name], seeds=1)
-    if not settings:
-        assert {name for name, _ in names_of(plan(recipe, seeds=1)) if name.startswith("only_")} == single
+    assert {name for name, _ in names_of(plan(recipe, seeds=1)) if name.startswith("only_")} == single
 
 
 def test_every_variant_is_tried_before_any_is_tried_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -199,14 +217,29 @@ def test_every_variant_is_tried_before_any_is_tried_again(make_recipe: MakeRecip
     [
         ({}, {"seeds": 0}, "seeds is 0; allowed is at least 1"),
         ({"eval": None}, {}, "setting eval is None; allowed is a JSONL file"),
-        ({"pair_weight": "uniform"}, {}, "Variant published_pair_weight .* is the same as full under this recipe"),
+        (
+            {"pair_weight": "uniform"},
+            {"names": ["published_pair_weight"]},
+            "Variant published_pair_weight does not apply: under this recipe it is the same as full",
+        ),
         (
             {},
             {"own": {"cut": {"seed": 1}}},
             r"for the variants \['cut'\]; among those that train are \['info_nce_only'",
         ),
         ({}, {"own": {"full": {"epochs": 1}}}, r"for the variants \['full'\]"),
-        ({}, {"own": {"one_mix": {"epoch": 1}}}, r"Unknown settings \['epoch'\]"),
+        ({}, {"own": {"one_mix": {"epoch": 1}}}, r"Variant one_mix does not apply: Unknown settings \['epoch'\]"),
+        (
+            {"mix_temperature": 0.5},
+            {"names": ["all_negatives"]},
+            r"Variant mixed_batches does not apply: Setting mixed_batches is True; .*\n"
+            "Variant all_negatives does not apply: it is compared with mixed_batches, which does not apply",
+        ),
+        (
+            {"embedding_dim": 4},
+            {"names": ["cut"]},
+            "Variant cut does not apply: embedding_dim is 4; allowed is at least 8",
+        ),
     ],
 )
 def test_a_bad_plan_is_named(
@@ -214,6 +247,95 @@ def test_a_bad_plan_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan(make_recipe(tmp_path, **settings), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({}, {}),
+        (
+            {"pair_weight": "uniform"},
+            {"published_pair_weight": "under this recipe it is the same as full (a scored pair"},
+        ),
+        (
+            {"mix": {"text": 1.0, "multimodal": 1.0}},
+            {
+                **{f"only_{task}": "its share of the steps is not known" for task in TASKS},
+                "mixed_batches": "Setting mixed_batches is True; allowed is False",
+                "all_negatives": "it is compared with mixed_batches, which does not apply",
+            },
+        ),
+        (
+            {"hidden_prefixes": list(TASKS)},
+            {
+                "no_prefix": "under this recipe it is the same as full",
+                "prefix_forgotten": "under this recipe it is the same as full",
+            },
+        ),
+        (
+            {"embedding_dim": 4},
+            dict.fromkeys(("cut", "matryoshka"), "embedding_dim is 4; allowed is at least 8")
+            | {"matryoshka_cut": "it is compared with cut, which does not apply"},
+        ),
+    ],
+)
+def test_what_does_not_apply_is_left_out_and_said(
+    make_recipe: MakeRecipe, tmp_path: Path, settings: dict[str, Any], left_out: dict[str, str]
+) -> None:
+    told: list[str] = []
+    found = names_of(plan(make_recipe(tmp_path, **settings), seeds=1, tell=told.append))
+    assert [name for name, _ in found] == [name for name in VARIANTS if name not in left_out]
+    assert [line.split(" ")[0] for line in told] == [name for name in VARIANTS if name in left_out]
+    for line in told:
+        name = line.split(" ")[0]
+        assert line.startswith(f"{name} is left out: {left_out[name]}")
+
+
+def test_what_is_about_a_task_that_the_data_lacks_is_left_out(
+    make_recipe: MakeRecipe, records: Path, tmp_path: Path
+) -> None:
+    lines = [line for line in records.read_text().splitlines() if json.loads(line).get("task") == "instr"]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    recipe, told = make_recipe(tmp_path, train=str(tmp_path / "train.jsonl")), []
+    found = {name for name, _ in names_of(plan(recipe, seeds=1, tell=told.append))}
+    assert {name for name in found if VARIANTS[name].about} == {"no_instr_prefix"}  # full is for instr alone
+    assert "only_instr is left out: the reference trains on that task alone." in told
+    assert "no_ocr_prefix is left out: the data has no ocr; it has ['instr']." in told
+    with pytest.raises(ValueError, match=r"Variant no_ocr_prefix does not apply: the data has no ocr; it has \['instr"):
+        plan(recipe, ["no_ocr_prefix"], seeds=1)
+
+
+def test_a_finished_model_keeps_its_pooling_and_its_sizes(
+    make_recipe: MakeRecipe, folder: Path, tmp_path: Path
+) -> None:
+    size, told = ViPyloQwen(folder, device="cpu").get_embedding_dimension(), []
+    recipe = make_recipe(tmp_path, base=str(folder), embedding_dim=size)
+    found = {name for name, _ in names_of(plan(recipe, seeds=1, tell=told.append))}
+    pooled = [name for name, variant in VARIANTS.items() if variant.family == "pooling"]
+    assert set(VARIANTS) - found == set(pooled)
+    assert told[0] == (
+        "last_token_pooling is left out: pooling is 'lasttoken'; the base is a finished model, which keeps its own."
+    )
+    unknown = make_recipe(tmp_path, base=str(folder), embedding_dim=None)
+    assert names_of(plan(unknown, ["cut"], seeds=1)) == [("full", 5), ("cut", 5)]
+    with pytest.raises(
+        ValueError, match="Variant matryoshka does not apply: the size of a finished model's embeddings"
+    ):
+        plan(unknown, ["matryoshka"], seeds=1)
+    with pytest.raises(ValueError, match="Variant one_mix does not apply: embedding_dim is 8; the base is a finished"):
+        plan(recipe, ["one_mix"], seeds=1, own={"one_mix": {"embedding_dim": 8}})
+
+
+def test_nothing_is_trained_that_cannot_be_drawn(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str, extra: str) -> Any:
+        raise ImportError(f"{name} of {extra}")
+
+    monkeypatch.setattr("sentence_vipyloqwen.ablation.plots.require", missing)
+    with pytest.raises(ImportError, match="matplotlib.figure of demo"):
+        ablate(make_recipe(tmp_path), ["one_mix"], device="cpu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_between_runs_or_within_one_loses_no_finished_run(
@@ -323,6 +445,82 @@ def test_a_run_that_diverges_is_kept_as_one_that_failed(
     page = (tmp_path / "ablation.html").read_text(encoding="utf-8")
     assert "Every run failed." in page
     assert full["failure"] in page
+
+
+def test_a_run_without_memory_is_kept_and_tried_again_when_asked_for(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs after it are done; others' settings may be given when it is tried again."""
+    trained: list[tuple[str, int]] = []
+
+    def out_of_memory(recipe: Recipe, device: str | None) -> Any:
+        name = Path(recipe.output).parent.name
+        trained.append((name, recipe.batch_size))
+        if name == "matryoshka" and recipe.batch_size > 2:
+            raise OutOfMemory("memory does not suffice for step 1, whose batch has 4 rows")
+        return train(recipe, device=device)
+
+    monkeypatch.setattr(module, "train", out_of_memory)
+    monkeypatch.setattr(module, "write_report", lambda output: None)
+    recipe, names = make_recipe(tmp_path), ["matryoshka_cut", "matryoshka"]
+    ablate(recipe, names, seeds=1, device="cpu")
+    ablate(recipe, names, seeds=1, device="cpu")
+    assert trained == [("full", 4), ("matryoshka", 4)]
+    failures = {run["variant"]: run["failure"] for run in results_of(tmp_path)}
+    assert failures == {
+        "full": None,
+        "cut": None,
+        "matryoshka": "memory does not suffice for step 1, whose batch has 4 rows",
+        "matryoshka_cut": "the run whose model it takes has failed",
+    }
+    smaller = {"matryoshka": {"batch_size": 2}}
+    with pytest.raises(ValueError, match=r"holds a run of other settings \(batch_size: 4 -> 2"):
+        ablate(recipe, names, seeds=1, own=smaller, device="cpu")
+    ablate(recipe, names, seeds=1, own=smaller, device="cpu", retry_failed=True)
+    assert trained[2:] == [("matryoshka", 2)]
+    assert [run["failure"] for run in results_of(tmp_path)] == [None] * 4
+
+
+def test_any_other_error_ends_the_ablation(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(recipe: Recipe, device: str | None) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(module, "train", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        ablate(make_recipe(tmp_path), ["cut"], seeds=1, device="cpu")
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_model_that_was_deleted_is_no_failure(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path)
+    monkeypatch.setattr(module, "write_report", lambda output: None)
+    ablate(recipe, ["cut"], seeds=1, device="cpu")
+    cut, full = (tmp_path / "runs" / name / "seed-5" for name in ("cut", "full"))
+    figures = results_of(tmp_path)[1]["after"]
+    (full / "model").rename(tmp_path / "elsewhere")
+    ablate(recipe, ["cut"], seeds=1, device="cpu")  # done before
+    failed = {**json.loads((cut / "run.json").read_text()), "after": None, "failure": "the run has failed"}
+    (cut / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"cut, seed 5 takes the model of .*full.seed-5, where model was deleted"):
+        ablate(recipe, ["cut"], seeds=1, device="cpu")
+    assert not (cut / "run.json").exists()
+    (cut / "run.json").write_text(json.dumps(failed))  # as an earlier version left it
+    (tmp_path / "elsewhere").rename(full / "model")
+    ablate(recipe, ["cut"], seeds=1, device="cpu")
+    assert results_of(tmp_path)[1]["after"] == figures
+
+
+def test_runs_of_an_unknown_variant_stand_last(tmp_path: Path, run_of: Callable[..., dict[str, Any]]) -> None:
+    for name in ("a_renamed_one", "one_mix", "full"):
+        folder = tmp_path / "runs" / name / "seed-0"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(run_of(name, 0, 0.5, ocr=0.5)))
+    module.write_results(tmp_path)
+    assert [run["variant"] for run in results_of(tmp_path)] == ["full", "one_mix", "a_renamed_one"]
 
 
 def test_several_processes_are_refused(

@@ -27,7 +27,13 @@ def test_the_table_is_whole() -> None:
     for variant in VARIANTS.values():
         assert {variant.against, variant.model_of} - {None} <= set(VARIANTS), variant.name
         assert variant.question.endswith("?")
+        before = list(VARIANTS)[: list(VARIANTS).index(variant.name)]
+        assert {variant.against, variant.model_of} - {None} <= set(before), variant.name  # known when it is planned
         assert bool(variant.model_of) == bool(variant.hidden_prefixes or variant.cut > 1)
+    families = [variant.family for variant in VARIANTS.values()]
+    assert [family for place, family in enumerate(families) if family not in families[:place]] == [
+        family for family, before in zip(families, ["none", *families], strict=False) if family != before
+    ]  # those of a family stand together
     assert {f"no_{task}_prefix" for task in TASKS} <= set(VARIANTS)
 
 

@@ -144,6 +144,14 @@ def test_default_sizes_hold_what_the_readme_says() -> None:
     assert (sizes.train.vqa_images, sizes.eval.vqa_images, sizes.eval.lines) == (4000, 1000, 200)
 
 
+def test_some_sizes_of_the_train_split_are_replaced() -> None:
+    sizes = DemoSizes().with_train({"lines": 5, "captions": 6})
+    assert vars(sizes.train) == {**vars(DemoSizes().train), "lines": 5, "captions": 6}
+    assert sizes.eval == DemoSizes().eval
+    with pytest.raises(ValueError, match=r"Unknown sizes \['line'\]; allowed are \['vqa_images', .*'instructions'\]"):
+        DemoSizes().with_train({"line": 5})
+
+
 @pytest.mark.parametrize("bad", [0, -1])
 def test_sizes_below_one_are_refused(bad: int) -> None:
     with pytest.raises(ValueError, match=f"lines = {bad}: allowed is 1 or more"):

@@ -40,6 +40,9 @@ def test_the_whole_job_on_a_small_scale(tmp_path: Path, processes: int) -> None:
     assert metrics["stock_agreement"]["norm_error"] < 1e-4
     assert set(metrics["before"]["tasks"]) == set(metrics["after"]["tasks"])
     assert metrics["ocr_lines"]["tasks"]["ocr"]["queries"] > 0
+    assert SMALL.items() <= metrics["recipe"].items()
+    assert not {"base", "train", "eval", "output"} & metrics["recipe"].keys()
+    assert metrics["processes"] == processes
 
     page = result.page_path.read_text(encoding="utf-8")
     assert page.count("<section") >= 8  # a text, an image, both, and questions of each domain under a prefix
@@ -98,6 +101,23 @@ def test_an_interrupted_demo_ends_as_a_shell_expects(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(run, "run_demo", interrupted)
     assert CliRunner().invoke(app, ["demo", str(tmp_path)]).exit_code == 143
+
+
+def test_sizes_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[DemoSizes] = []
+    monkeypatch.setattr(run, "prepare_demo", lambda output, *, sizes, console: asked.append(sizes))
+    monkeypatch.setattr(run, "run_demo", lambda output, *, sizes, **options: asked.append(sizes))
+    size = ["--size", "lines=5", "--size", "captions=6"]
+    for only in ([], ["--data-only"]):
+        assert CliRunner().invoke(app, ["demo", str(tmp_path), *size, *only]).exit_code == 0
+    assert asked == [DemoSizes().with_train({"lines": 5, "captions": 6})] * 2
+
+
+@pytest.mark.parametrize("bad", ["lines", "lines=many", "lines=-1"])
+def test_a_size_that_is_no_number_is_refused(bad: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", str(tmp_path / "output"), "--size", bad])
+    assert f"--size {bad!r}: write it as NAME=NUMBER" in str(result.exception)
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_demo_that_shows_nothing_is_refused(tmp_path: Path) -> None:

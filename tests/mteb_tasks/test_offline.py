@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,15 @@ import pytest
 from mteb.abstasks import AbsTask
 from sentence_transformers import SentenceTransformer
 
+from sentence_vipyloqwen.demo import data
+from sentence_vipyloqwen.demo.data import DemoData, DemoSizes
 from sentence_vipyloqwen.mteb_tasks.offline import (
     SPLIT,
     CLDRPairSTS,
     EasyVQARetrieval,
     VietnameseDocumentRetrieval,
 )
-from sentence_vipyloqwen.mteb_tasks.queries import PLAIN, TYPOS, VIETNAMESE, WAYS, strip_diacritics
+from sentence_vipyloqwen.mteb_tasks.queries import PLAIN, TYPOS, VIETNAMESE, WAYS, strip_diacritics, write_query
 from sentence_vipyloqwen.mteb_tasks.run import run
 
 Known = Callable[[Callable[[str, Any], str]], SentenceTransformer]
@@ -121,6 +125,69 @@ def test_graded_pairs_bear_their_prefix_on_both_sides(known: Known, tmp_path: Pa
     assert abs(scores(model, task, tmp_path)["default"]) < 0.6
     assert model[0].seen
     assert all(text.startswith("<text_pair> ") for text in model[0].seen)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    """The demo's data of the default sizes, without the pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_write_images", lambda *args: None)
+        folder = tmp_path_factory.mktemp("demo")
+        return data.build_demo_data(folder)
+
+
+def records_of(path: Path, task: str) -> list[dict[str, Any]]:
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [record for record in records if record["task"] == task]
+
+
+def test_graded_pairs_are_held_out_from_the_demo_s_training(demo: DemoData) -> None:
+    task = CLDRPairSTS(pairs=600)
+    task.load_data()
+    rows = task.dataset[SPLIT]
+    drawn = set(zip(rows["sentence1"], rows["sentence2"], rows["score"], strict=True))
+    held_out, trained = (
+        {(record["anchor"], record["positive"], record["score"]) for record in records_of(path, "text_pair")}
+        for path in (demo.eval, demo.train)
+    )
+    assert drawn == held_out
+    assert len(held_out) == 600
+    assert len(trained) > 11_000
+    texts = {text for first, second, _ in drawn for text in (first, second)}
+    assert texts.isdisjoint(text for first, second, _ in trained for text in (first, second))
+    assert texts.isdisjoint(record["positive"] for record in records_of(demo.train, "instr"))
+    fewer = CLDRPairSTS()
+    fewer.load_data()
+    rows = fewer.dataset[SPLIT]
+    sample = set(zip(rows["sentence1"], rows["sentence2"], rows["score"], strict=True))
+    assert len(sample) == 400
+    assert sample < drawn
+
+
+def test_documents_are_held_out_from_the_demo_s_training(demo: DemoData) -> None:
+    task = VietnameseDocumentRetrieval(pages=60)
+    task.load_data()
+    pages = data._draw_split("eval", DemoSizes().eval, 0).pages.values()
+    captions = [record["positive"] for record in records_of(demo.eval, "general") if record["domain"] == "document"]
+    assert captions == [page.caption for page in pages]  # so they are the pages of the file
+    asked = [write_query(page, VIETNAMESE, random.Random(0)) for page in pages]
+    assert task.dataset[VIETNAMESE][SPLIT]["queries"]["text"] == asked
+    trained = {record["positive"] for record in records_of(demo.train, "ocr") if record["domain"] != "line"}
+    assert len(trained) > 1000
+    assert trained.isdisjoint(value for page in pages for value in page.keys)
+    fewer = VietnameseDocumentRetrieval(pages=2)
+    fewer.load_data()
+    first_two = [query for place, query in enumerate(asked) if place % 60 < 2]
+    assert fewer.dataset[VIETNAMESE][SPLIT]["queries"]["text"] == first_two
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"), [(CLDRPairSTS, {"pairs": 601}), (VietnameseDocumentRetrieval, {"pages": 61})]
+)
+def test_no_more_can_be_had_than_is_held_out(task: type[AbsTask], sizes: dict[str, int]) -> None:
+    (size,) = sizes.values()
+    with pytest.raises(ValueError, match=f"= {size}: allowed is 1 to {size - 1}"):
+        task(**sizes)
 
 
 def test_graded_pairs_are_those_of_the_demo_s_kind() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 
 import pytest
@@ -63,15 +64,44 @@ def test_typing_errors_are_few_and_leave_numbers_alone() -> None:
     text = "hợp đồng thuê nhà giữa Công ty TNHH Đại Lộc và Đỗ Thị Hạnh, trị giá 12.340.000 đ"
     damaged = add_typing_errors(text, random.Random(0))
     before, after = text.split(), damaged.split()
-    changed = [place for place, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
-    long = [word for word in before if len(word) >= 3 and word.isalpha()]
-    assert len(changed) == round(0.3 * len(long)) > 1
+    changed = changed_words(text, damaged)
+    long = [word for word in before if len(word.rstrip(",")) >= 3 and "0" not in word]
+    assert len(long) == 13
+    assert len(changed) == round(0.3 * 13) == 4
     for place in changed:
         assert after[place][0] == before[place][0]
         assert abs(len(after[place]) - len(before[place])) <= 1
     assert add_typing_errors(text, random.Random(0)) == damaged
     assert add_typing_errors(text, random.Random(1)) != damaged
     assert add_typing_errors("12.340 đ", random.Random(0)) == "12.340 đ"
+
+
+def test_typing_errors_fall_on_words_with_punctuation_too() -> None:
+    around = re.compile(r"\W+")
+    for text in ("Hạnh,", "(«Hạnh»)", "“Công-ty”…", "1.200,50 (đồng)"):
+        for seed in range(20):
+            damaged = add_typing_errors(text, random.Random(seed))
+            assert damaged != text
+            assert around.findall(damaged) == around.findall(text)
+            assert re.sub(r"\D", "", damaged) == re.sub(r"\D", "", text)
+
+
+def test_every_long_word_of_a_query_has_its_share_of_errors() -> None:
+    text = "đồng, (đơn) hàng; 2.500 kg."
+    damaged = {
+        place for seed in range(60) for place in changed_words(text, add_typing_errors(text, random.Random(seed)))
+    }
+    assert damaged == {0, 1, 2}
+
+
+@pytest.mark.parametrize("text", ["29A-123.45", "số 2025abc", "ABC123, đ", "", "  ,"])
+def test_typing_errors_leave_digits_and_what_stands_next_to_them(text: str) -> None:
+    assert {add_typing_errors(text, random.Random(seed)) for seed in range(20)} == {text}
+
+
+def changed_words(text: str, damaged: str) -> set[int]:
+    pairs = zip(text.split(), damaged.split(), strict=True)
+    return {place for place, (before, after) in enumerate(pairs) if before != after}
 
 
 def test_an_unknown_way_is_refused() -> None:

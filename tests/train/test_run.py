@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def test_a_run_leaves_model_log_metrics_and_recipe(recipe: Callable[..., Recipe]
     assert load_recipe(output / "recipe.yaml").max_steps == 6
     assert result.model_path == output / "model"
     assert (result.model_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_are_started_once_however_many_epochs(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    started: list[object] = []
+    start = BaseProcess.start
+    monkeypatch.setattr(BaseProcess, "start", lambda process: (started.append(process), start(process)))
+    train(recipe(epochs=3, max_steps=0, workers=workers), device="cpu")
+    assert len(started) == workers
 
 
 def test_training_changes_every_part_of_the_model(recipe: Callable[..., Recipe], base: Path) -> None:

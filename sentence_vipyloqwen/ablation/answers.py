@@ -1,0 +1,166 @@
+"""What the figures say, in words: an answer to each variant's question, and all of them in short.
+
+An answer begins with what the variant itself holds a better, a worse or an equal outcome to mean, then names both sides
+and the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sentence_vipyloqwen.ablation.results import AVERAGE, MEAN, Difference, Spread, VariantResult
+from sentence_vipyloqwen.ablation.variants import FULL
+
+DEPENDS = "It depends on the task"
+ONE_SEED = "One seed shows no spread, so this does not count"
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+def answer(result: VariantResult) -> str:
+    """What the runs of a variant say to its question, in a sentence."""
+    variant, what = result.variant, result.main
+    if what not in result.figures:
+        return "Every run failed."
+    if variant.against is None:
+        return f"An average of {cell(result.figures[what])}, with which the others are compared."
+    subject = _subject(result)
+    if what not in result.differences:
+        named = subject if variant.only else subject.capitalize()
+        return f"{named} is {cell(result.figures[what])}; {variant.against} has no run of the same seed yet."
+    found = result.differences[what]
+    counted = {name: other for name, other in result.differences.items() if other.counts and name != what}
+    if found.threshold is None:
+        lead, outcome = ONE_SEED, _moves(found, variant.other_side)
+    elif found.counts:
+        lead = variant.if_better if found.by_seed.mean > 0 else variant.if_worse
+        outcome = _moves(found, variant.other_side) + ("" if variant.only else _tasks(found, counted))
+    else:
+        lead, outcome = variant.if_equal, f"does not differ beyond the spread ({_ways(found, variant.other_side)})"
+        if counted:
+            lead = DEPENDS
+            outcome += ", but " + _joined([f"{name} {_moves(other)}" for name, other in counted.items()])
+        elif not variant.only:
+            outcome += ", nor does any task"
+    return f"{lead}: {variant.side}, {subject} {outcome}."
+
+
+def cell(figure: Spread | None) -> str:
+    """A figure and its spread.
+
+    >>> cell(Spread({0: 0.5, 1: 0.75})), cell(None)
+    ('0.625 ± 0.177', '')
+    """
+    if figure is None:
+        return ""
+    return f"{figure.mean:.3f}" if figure.deviation is None else f"{figure.mean:.3f} ± {figure.deviation:.3f}"
+
+
+def shown(figure: str) -> str:
+    """The name of a figure, as a reader sees it."""
+    return AVERAGE if figure == MEAN else figure
+
+
+def _subject(result: VariantResult) -> str:
+    if result.main != MEAN:
+        return result.main
+    tasks = len(result.figures) - 1
+    return f"the average of the {_number(tasks)} tasks" if tasks > 1 else "the average"
+
+
+def _moves(found: Difference, other_side: str = "") -> str:
+    """How far a figure moves; with the other side's name, also from where to where.
+
+    >>> found = Difference.of(Spread({0: 0.5}), Spread({0: 0.75}))
+    >>> _moves(found), _moves(found, "as published")
+    ('falls by 0.250', 'falls by 0.250 (from 0.750 as published to 0.500)')
+    """
+    change = found.by_seed.mean
+    moves = f"rises by {change:.3f}" if change > 0 else f"falls by {-change:.3f}" if change < 0 else "stays as it is"
+    return f"{moves} ({_ways(found, other_side)})" if other_side else moves
+
+
+def _ways(found: Difference, other_side: str) -> str:
+    return f"from {found.other.mean:.3f} {other_side} to {found.own.mean:.3f}"
+
+
+def _tasks(average: Difference, counted: dict[str, Difference]) -> str:
+    """Which tasks move beyond the spread as the average does, and which the other way."""
+    sign = 1 if average.by_seed.mean > 0 else -1
+    moves = {name: sign * found.by_seed.mean for name, found in counted.items()}
+    along = sorted((name for name in moves if moves[name] > 0), key=lambda name: -moves[name])
+    opposite = [f"{name} {_moves(counted[name])}" for name in moves if moves[name] < 0]
+    most = f"{along[0]}, by {moves[along[0]]:.3f}" if along else ""
+    if len(along) > 1:
+        told = f"; beyond the spread in {_number(len(along))} tasks, most in {most}"
+    else:
+        told = f"; beyond the spread in {most}" if along else "; in no task by itself beyond the spread"
+    return told + (f"; but {_joined(opposite)}" if opposite else "")
+
+
+def _number(count: int) -> str:
+    return _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Parts of a sentence, one after the other.
+
+    >>> _joined(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+# --- In short ---
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant in a summary.
+
+    Attributes:
+        name: Its name.
+        change: What is changed.
+        difference: By how much, and in what, if there is something to say.
+    """
+
+    name: str
+    change: str
+    difference: str
+
+
+def in_short(results: Sequence[VariantResult]) -> list[tuple[str, list[Line]]]:
+    """Which variants make a difference, largest first, which do not, and of which that cannot be said."""
+    counts: list[VariantResult] = []
+    equal: list[VariantResult] = []
+    single: list[VariantResult] = []
+    open_: list[VariantResult] = []
+    for result in (result for result in results if result.variant.against):
+        found = result.differences.get(result.main)
+        if found is None:
+            open_.append(result)
+        elif found.threshold is None:
+            single.append(result)
+        else:
+            (counts if found.counts else equal).append(result)
+    counts.sort(key=lambda result: -abs(result.differences[result.main].by_seed.mean))
+    groups = {
+        "Makes a difference to the average, or to the one task that a model is for; largest first": counts,
+        "Makes no difference there beyond the spread": equal,
+        "Has one seed in common with what it is compared with, so nothing counts": single,
+        "Failed, or has no run to be compared with": open_,
+    }
+    return [(heading, [_line(result) for result in group]) for heading, group in groups.items() if group]
+
+
+def _line(result: VariantResult) -> Line:
+    variant, found = result.variant, result.differences.get(result.main)
+    if found is None:
+        return Line(variant.name, variant.change, "")
+    told = f"{found.by_seed.mean:+.3f}" + (f" in {variant.only}" if variant.only else "")
+    if variant.against != FULL:
+        told += f" against {variant.against}"
+    tasks = [f"{other.by_seed.mean:+.3f} in {name}" for name, other in result.differences.items() if other.counts]
+    if tasks and not found.counts:
+        told += f", but {_joined(tasks)}"
+    return Line(variant.name, variant.change, told)
