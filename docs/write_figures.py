@@ -77,7 +77,7 @@ ENGLISH = {
     "lines": ", unseen lines alone",
     "captions": ", pictures of shapes alone",
     "mteb": "| task of mteb | subset | metric | value |",
-    "ablation": ("variant", "what is changed", "seeds", "average of the tasks", "difference", "differ beyond the spread"),
+    "ablation": ("variant", "what is changed", "seeds", "average of tasks", "difference", "differ beyond the spread"),
     "changes": {variant.name: variant.change for variant in VARIANTS.values()},
     "against": "{difference}, against `{other}`",
 }

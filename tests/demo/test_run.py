@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -47,6 +48,7 @@ def test_the_whole_job_on_a_small_scale(tmp_path: Path, processes: int) -> None:
     page = result.page_path.read_text(encoding="utf-8")
     assert page.count("<section") >= 8  # a text, an image, both, and questions of each domain under a prefix
     assert "data:image/" in page
+    assert not re.findall(r"1\.000", page)  # no query is an item
     index = VectorIndex.load(tmp_path / "index", ViPyloQwen(result.model_path, device="cpu"))
     kinds = {item["metadata"]["kind"] for item in index.items}
     assert {"picture", "line", "text", "answer"} <= kinds
