@@ -77,7 +77,7 @@ ENGLISH = {
     "lines": ", unseen lines alone",
     "captions": ", pictures of shapes alone",
     "mteb": "| task of mteb | subset | metric | value |",
-    "ablation": ("variant", "what is changed", "seeds", "average of tasks", "difference", "differ beyond the spread"),
+    "ablation": ("variant", "what is changed", "seeds", "average of tasks", "difference", "tasks beyond the spread"),
     "changes": {variant.name: variant.change for variant in VARIANTS.values()},
     "against": "{difference}, against `{other}`",
 }
@@ -97,7 +97,7 @@ VIETNAMESE = {
     "lines": ", riêng các dòng chữ chưa thấy",
     "captions": ", riêng ảnh các hình",
     "mteb": "| bài đo của mteb | phần | thước đo | giá trị |",
-    "ablation": ("biến thể", "thay đổi", "seed", "trung bình các tác vụ", "chênh lệch", "chênh quá độ phân tán"),
+    "ablation": ("biến thể", "thay đổi", "seed", "trung bình các tác vụ", "chênh lệch", "tác vụ chênh quá độ phân tán"),
     "changes": {
         "full": "không đổi gì",
         "info_nce_only": "mọi tác vụ chỉ còn InfoNCE (cặp vẫn có trọng số như trước)",
@@ -240,15 +240,19 @@ def ablation_table(runs: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) 
     """What every change did to the mean of the tasks, and to which of them it did something."""
     lines = []
     for result in summarise(runs):
-        difference = change(result.differences.get(MEAN))
+        figure, difference = cell(result.figures.get(result.main)), change(result.differences.get(result.main))
+        if result.main != MEAN:
+            figure = f"{result.main} {figure}"
         if difference and result.variant.against != FULL:
             difference = words["against"].format(difference=difference, other=result.variant.against)
         counted = [
-            f"{name} {change(found)}" for name, found in result.differences.items() if found.counts and name != MEAN
+            f"{name} {change(found)}"
+            for name, found in result.differences.items()
+            if found.counts and name != result.main
         ]
-        change_of, mean = words["changes"][result.variant.name], cell(result.figures.get(MEAN))
-        cells = [tame(change_of), str(result.seeds), mean, difference, "; ".join(counted)]
-        lines.append(" | ".join([f"| `{result.variant.name}`", *cells]) + " |")
+        what = tame(words["changes"][result.variant.name])
+        cells = [f"`{result.variant.name}`", what, str(result.seeds), figure, difference, "; ".join(counted)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"| {' | '.join(words['ablation'])} |", "|---|---|---:|---|---|---|", *lines]) + "\n"
 
 

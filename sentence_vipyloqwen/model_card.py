@@ -283,11 +283,9 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
         hub["cache_folder"] = hub.get("cache_folder") or os.getenv("SENTENCE_TRANSFORMERS_HOME")  # as for the model
         try:
             path = load_file_path(source, CURVES_FILE, **hub)
-        except Exception as error:  # no model needs a picture, as Sentence Transformers has it of the card itself
+            self.curves = Path(path).read_text(encoding="utf-8") if path else self.curves
+        except Exception as error:  # whatever the network or the picture: no model needs it
             logger.warning("%s of %r was not had, and the model loads without: %r", CURVES_FILE, source, error)
-            return
-        if path:
-            self.curves = Path(path).read_text(encoding="utf-8")
 
 
 def _limit(tokens: int | None) -> int | None:

@@ -216,7 +216,7 @@ def test_the_tables_are_those_of_the_results(name: str) -> None:
     assert written["with_figures"](read(name), written["READMES"][name]) == read(name)
 
 
-def test_the_figures_are_of_the_demo_as_it_is() -> None:
+def test_the_figures_are_of_the_demo_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By the recipe that comes with the package, on the sizes that are the default."""
     kept = json.loads(read("docs/demo.json"))
     places = {"base": "base", "train": ["train"], "output": "output"}
@@ -224,13 +224,8 @@ def test_the_figures_are_of_the_demo_as_it_is() -> None:
     recipe = yaml.safe_load(load_recipe(demo.RECIPE, {**places, **own}).to_yaml())
     assert kept["recipe"] == {name: value for name, value in recipe.items() if name not in (*places, "eval")}
     assert kept["processes"] == 2
-    sizes, counts = DemoSizes(), kept["records"]
-    for split in ("train", "eval"):
-        of = getattr(sizes, split)
-        assert counts[split]["ocr/line"] == of.lines
-        assert sum(count for name, count in counts[split].items() if name.startswith("text_pair/")) == of.text_pairs
-        assert sum(count for name, count in counts[split].items() if name.startswith("instr/")) == of.instructions
-        assert sum(count for name, count in counts[split].items() if name.startswith("vqa_multi/")) == of.vqa_multi
+    monkeypatch.setattr(demo_data, "_write_images", lambda *arguments: None)
+    assert kept["records"] == build_demo_data(tmp_path).counts
 
 
 def test_the_aims_for_speed_are_held_to_the_results() -> None:
@@ -261,7 +256,7 @@ def test_what_makes_the_figures_is_there() -> None:
 
 def words_of(variable: str) -> list[str]:
     """The words of a variable of the Makefile."""
-    (words,) = re.findall(rf"^{variable} = (.*)$", read("Makefile"), re.MULTILINE)
+    (words,) = re.findall(rf"^{variable} = (.*)$", read("Makefile").replace("\\\n", ""), re.MULTILINE)
     return words.split()
 
 

@@ -74,8 +74,10 @@ def _moves(found: Difference, other_side: str = "") -> str:
     >>> found = Difference.of(Spread({0: 0.5}), Spread({0: 0.75}))
     >>> _moves(found), _moves(found, "as published")
     ('falls by 0.250', 'falls by 0.250 (from 0.750 as published to 0.500)')
+    >>> _moves(Difference.of(Spread({0: 0.5003}), Spread({0: 0.5})))
+    'stays as it is'
     """
-    change = found.by_seed.mean
+    change = round(found.by_seed.mean, 3)
     moves = f"rises by {change:.3f}" if change > 0 else f"falls by {-change:.3f}" if change < 0 else "stays as it is"
     return f"{moves} ({_ways(found, other_side)})" if other_side else moves
 

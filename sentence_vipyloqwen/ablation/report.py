@@ -105,7 +105,7 @@ def change(difference: Difference | None) -> str:
     if difference is None:
         return ""
     deviation = difference.by_seed.deviation
-    return f"{difference.by_seed.mean:+.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+    return f"{round(difference.by_seed.mean, 3) + 0.0:+.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def by_chance(results: Sequence[VariantResult]) -> tuple[int, float]:

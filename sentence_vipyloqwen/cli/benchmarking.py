@@ -29,7 +29,7 @@ def mteb(
         str | None, typer.Option(help="What results are filed under, owner/name; by default the model's own name.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the lists and their tasks, and do nothing.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the table of the results to this file as well.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the scores to this file as well, as JSON.")] = None,
     batch_size: BatchSize = 64,
     device: Device = None,
 ) -> None:

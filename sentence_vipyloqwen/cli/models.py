@@ -24,8 +24,8 @@ def demo(
         list[str] | None,
         typer.Option(
             metavar="NAME=NUMBER",
-            help="How much of something to train on, e.g. `text_pairs=3000`; may be given often. An unknown name "
-            "lists them all.",
+            help="How much of something to train on, e.g. `text_pairs=3000`; may be given often, with a folder of its "
+            "own. An unknown name lists them all.",
         ),
     ] = None,
 ) -> None:
@@ -58,6 +58,8 @@ def _numbers(pairs: list[str]) -> dict[str, int]:
         name, _, number = pair.partition("=")
         if not number.isdecimal():
             raise ValueError(f"--size {pair!r}: write it as NAME=NUMBER, e.g. --size text_pairs=3000.")
+        if name in sizes:
+            raise ValueError(f"--size {pair!r}: {name} was given before, as {sizes[name]}; allowed is once.")
         sizes[name] = int(number)
     return sizes
 

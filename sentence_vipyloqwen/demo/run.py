@@ -40,7 +40,8 @@ from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
 RECIPE = "tiny.yaml"
 MIN_PIXELS = 6272
 """A picture of 64 x 64 is enlarged to 9 tokens, from the 4 that it would have: of those a small model tells the colour,
-but hardly a circle from a rectangle. A line of 224 x 28 has so many pixels and stays as it is."""
+but hardly a circle from a rectangle. A line of 224 x 28 has so many pixels and stays as it is. It is not in the recipe,
+as that is for finished models, too: their pictures keep the size that they were trained at."""
 
 BASE_CARD = """---
 license: apache-2.0

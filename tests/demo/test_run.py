@@ -122,6 +122,11 @@ def test_a_size_that_is_no_number_is_refused(bad: str, tmp_path: Path) -> None:
     assert not (tmp_path / "output").exists()
 
 
+def test_a_size_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", str(tmp_path), "--size", "lines=5", "--size", "lines=6"])
+    assert "--size 'lines=6': lines was given before, as 5" in str(result.exception)
+
+
 def test_a_demo_that_shows_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="setting eval is None"):
         run.run_demo(tmp_path, sizes=DemoSizes().scaled(0.01), overrides={"eval": None})

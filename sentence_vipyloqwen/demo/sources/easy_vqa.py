@@ -96,7 +96,11 @@ class Picture:
 
 
 def load_pictures(split: str, count: int) -> list[Picture]:
-    """The first `count` images of easy-vqa's own `"train"` or `"test"` split, all of them if there are fewer."""
+    """The first `count` images of easy-vqa's own `"train"` or `"test"` split.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
     paths, questions = {
         "train": (easy_vqa.get_train_image_paths, easy_vqa.get_train_questions),
         "test": (easy_vqa.get_test_image_paths, easy_vqa.get_test_questions),
@@ -104,6 +108,8 @@ def load_pictures(split: str, count: int) -> list[Picture]:
     asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image_id in zip(*questions(), strict=True):
         asked[image_id].append((question, answer))
+    if count > len(paths()):
+        raise ValueError(f"{count} images were asked for; easy-vqa's {split} split has {len(paths())}.")
     pictures = []
     for image_id, path in sorted(paths().items())[:count]:
         name = f"images/easy-vqa/{split}/{image_id}.png"

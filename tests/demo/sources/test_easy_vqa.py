@@ -96,3 +96,8 @@ def test_captions_in_three_languages() -> None:
         "a red circle",
         "一个红色的圆形",
     ]
+
+
+def test_more_images_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match="1001 images were asked for; easy-vqa's test split has 1000"):
+        easy_vqa.load_pictures("test", 1001)
