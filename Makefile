@@ -26,7 +26,7 @@ bench: .venv/installed  ## Against stock sentence-transformers, memory, a profil
 	$(BIN)/python benchmarks/where_time_goes.py --output benchmarks/results.md
 
 ABLATED = info_nce_only one_mix published_pair_weight published_triplet no_prefix prefix_forgotten
-ONCE = last_token_pooling attention_pooling mixed_batches in_batch grad_cache \
+ONCE = last_token_pooling attention_pooling mixed_batches all_negatives in_batch grad_cache \
     cut matryoshka matryoshka_cut only_text_pair only_instr only_ocr only_vqa_single only_vqa_multi
 ONCE_SETTINGS = in_batch.accumulation=8 grad_cache.batch_size=192
 ABLATION_DATA = vqa_questions=7 vqa_multi=3000 captions=2000 lines=15000 text_pairs=3000 instructions=2500
