@@ -34,7 +34,7 @@ from sentence_vipyloqwen.ablation.plan import plan
 from sentence_vipyloqwen.ablation.report import write_report
 from sentence_vipyloqwen.ablation.results import RESULTS_FILE
 from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS, with_needed
-from sentence_vipyloqwen.cli.training import parse_settings
+from sentence_vipyloqwen.cli.shared import parse_settings
 from sentence_vipyloqwen.demo import data as demo_data
 from sentence_vipyloqwen.demo import run as demo
 from sentence_vipyloqwen.demo.data import DemoSizes, build_demo_data
@@ -280,6 +280,17 @@ def test_the_ablation_is_what_its_command_does(monkeypatch: pytest.MonkeyPatch, 
     digests = {name: measure(getattr(made, name))["xxh3_128"] for name in ("train", "eval")}
     for run in runs:
         assert (run["data"]["train"], run["data"]["eval"]) == ([digests["train"]], digests["eval"])
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_what_is_said_of_the_ablation_has_its_figures(name: str) -> None:
+    """Every figure in the words under the table stands in the report, with the sign that it has there, if any."""
+    said = read(name).partition("<!-- ablation:end -->")[2].partition("\n## ")[0]
+    report = re.findall(r"[+-]?0\.\d{3}", read("docs/ablation/ablation.md"))
+    known = {*report, *(figure.lstrip("+-") for figure in report)}
+    figures = re.findall(r"[+-]?0\.\d{3}", said)
+    assert figures
+    assert not [figure for figure in figures if figure not in known]
 
 
 def test_the_report_of_the_ablation_is_that_of_its_results(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sentence_vipyloqwen.cli.shared import Device, make_screen, tell_error
-from sentence_vipyloqwen.cli.training import parse_settings
+from sentence_vipyloqwen.cli.shared import Device, make_screen, parse_settings, tell_error
 
 
 def ablate(

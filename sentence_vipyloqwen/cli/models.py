@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sentence_vipyloqwen.cli.shared import Device, make_screen, tell_error
+from sentence_vipyloqwen.cli.shared import Device, make_screen, parse_settings, tell_error
 
 
 def demo(
@@ -37,7 +37,7 @@ def demo(
     from sentence_vipyloqwen.demo.run import PROCESSES, prepare_demo, run_demo
     from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 
-    sizes = DemoSizes().with_train(_numbers(size or []))
+    sizes = DemoSizes().with_train(parse_settings(size or [], "--size", "text_pairs=3000"))
     if data_only:
         if steps or processes:
             raise ValueError("--data-only trains nothing: leave out --steps and --processes.")
@@ -49,19 +49,6 @@ def demo(
     except (ProcessLost, TrainingInterrupted) as error:
         tell_error(error)
         raise typer.Exit(getattr(error, "exit_code", 1)) from error
-
-
-def _numbers(pairs: list[str]) -> dict[str, int]:
-    """The sizes of ``--size NAME=NUMBER``."""
-    sizes = {}
-    for pair in pairs:
-        name, _, number = pair.partition("=")
-        if not number.isdecimal():
-            raise ValueError(f"--size {pair!r}: write it as NAME=NUMBER, e.g. --size text_pairs=3000.")
-        if name in sizes:
-            raise ValueError(f"--size {pair!r}: {name} was given before, as {sizes[name]}; allowed is once.")
-        sizes[name] = int(number)
-    return sizes
 
 
 def create(

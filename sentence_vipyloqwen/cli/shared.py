@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -119,3 +119,29 @@ def silence_libraries() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     set_verbosity_error()
     disable_progress_bar()
+
+
+def parse_settings(pairs: list[str], option: str = "--set", example: str = "epochs=3") -> dict[str, Any]:
+    """The settings of an option such as ``--set KEY=VALUE``, each value read as YAML.
+
+    >>> parse_settings(["epochs=3", "frozen=[visual]"])
+    {'epochs': 3, 'frozen': ['visual']}
+
+    Raises:
+        ValueError: If one has no ``=``, its value is not YAML, or a key is given twice.
+    """
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ValueError(f"{option} {pair!r}: write it as KEY=VALUE, such as {option} {example}.")
+        if key in settings:
+            raise ValueError(f"{option} {pair!r}: {key} was given before, as {settings[key]!r}; allowed is once.")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+            raise ValueError(f"{option} {pair!r}: the value is not YAML: {error}") from error
+    return settings

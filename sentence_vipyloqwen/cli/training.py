@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sentence_vipyloqwen.cli.shared import BatchSize, Device, Model, load, make_screen, tell_error
+from sentence_vipyloqwen.cli.shared import BatchSize, Device, Model, load, make_screen, parse_settings, tell_error
 
 
 def train(
@@ -134,26 +134,3 @@ def evaluate(
     if json:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(evaluation.to_json() + "\n", encoding="utf-8")
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """The settings of ``--set KEY=VALUE``, each value read as YAML.
-
-    >>> parse_settings(["epochs=3", "frozen=[visual]"])
-    {'epochs': 3, 'frozen': ['visual']}
-
-    Raises:
-        ValueError: If one has no ``=``, or its value is not YAML.
-    """
-    import yaml
-
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair!r}: write it as KEY=VALUE, e.g. --set epochs=3.")
-        try:
-            settings[key.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-            raise ValueError(f"--set {pair!r}: the value is not YAML: {error}") from error
-    return settings

@@ -82,7 +82,7 @@ class SplitSizes:
     def __post_init__(self) -> None:
         """Refuse sizes that no data can have."""
         for name, value in vars(self).items():
-            if value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value}: allowed is 1 or more")
 
     def scaled(self, factor: float) -> SplitSizes:
@@ -242,22 +242,22 @@ class _Split:
 
     def rng(self, what: str) -> random.Random:
         """The generator of one part."""
-        return _rng(self.seed, self.name, what)
+        return generator(self.seed, self.name, what)
 
 
-def _rng(seed: int, split: str, what: str) -> random.Random:
-    """A generator for each part, so that the size of one part leaves the others as they are."""
+def generator(seed: int, split: str, what: str) -> random.Random:
+    """The generator of a part of a split: each has its own, so that the size of one leaves the others as they are."""
     return random.Random(f"{seed}/{split}/{what}")
 
 
 def _draw_split(name: str, sizes: SplitSizes, seed: int, reserved: Set[str] = frozenset()) -> _Split:
     pages: dict[str, documents.Page] = {}
     for domain in documents.PAGE_SIZES:
-        drawn = documents.draw_pages(domain, sizes.pages, _rng(seed, name, domain), reserved)
+        drawn = documents.draw_pages(domain, sizes.pages, generator(seed, name, domain), reserved)
         pages |= _named(f"images/{domain}/{name}", drawn)
-    lines = documents.draw_lines(sizes.lines, _rng(seed, name, "line"), reserved)
-    pairs = cldr.draw_pairs(sizes.text_pairs, _rng(seed, name, "text_pair"), reserved)
-    instructions = cldr.draw_instructions(sizes.instructions, _rng(seed, name, "instr"), reserved)
+    lines = documents.draw_lines(sizes.lines, generator(seed, name, "line"), reserved)
+    pairs = cldr.draw_pairs(sizes.text_pairs, generator(seed, name, "text_pair"), reserved)
+    instructions = cldr.draw_instructions(sizes.instructions, generator(seed, name, "instr"), reserved)
     return _Split(
         name=name,
         seed=seed,

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from mteb.abstasks import AbsTask, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from sentence_vipyloqwen.demo.data import DemoSizes
+from sentence_vipyloqwen.demo.data import DemoSizes, generator
 from sentence_vipyloqwen.demo.sources import cldr, documents, easy_vqa
 from sentence_vipyloqwen.mteb_tasks.queries import CHINESE, ENGLISH, PLAIN, TYPOS, VIETNAMESE, write_query
 
@@ -116,7 +116,7 @@ class VietnameseDocumentRetrieval(_Drawn, AbsTaskRetrieval):
         drawn = [
             page
             for domain in documents.PAGE_SIZES
-            for page in documents.draw_pages(domain, self.pages, _demo_rng(self.data_seed, domain))
+            for page in documents.draw_pages(domain, self.pages, generator(self.data_seed, "eval", domain))
         ]
         pages = {f"page-{place:04d}": page for place, page in enumerate(drawn)}
         corpus = _with_images({of: documents.render_page(page, self._rng(of)) for of, page in pages.items()})
@@ -233,7 +233,7 @@ class CLDRPairSTS(_Drawn, AbsTaskSTS):
         """Draw the pairs."""
         if self.data_loaded:
             return
-        held_out = cldr.draw_pairs(_HELD_OUT.text_pairs, _demo_rng(self.data_seed, "text_pair"))
+        held_out = cldr.draw_pairs(_HELD_OUT.text_pairs, generator(self.data_seed, "eval", "text_pair"))
         pairs = random.Random(f"{self.data_seed}/mteb").sample(held_out, self.pairs)
         columns = {
             "sentence1": [pair.anchor for pair in pairs],
@@ -247,11 +247,6 @@ class CLDRPairSTS(_Drawn, AbsTaskSTS):
 def _check(name: str, count: int, held_out: int) -> None:
     if not 1 <= count <= held_out:
         raise ValueError(f"{name} = {count}: allowed is 1 to {held_out}, as many as the demo holds out from training")
-
-
-def _demo_rng(seed: int, what: str) -> random.Random:
-    """The generator of one part of the demo's eval split, as `demo.data` names it."""
-    return random.Random(f"{seed}/eval/{what}")
 
 
 def _with_images(images: Mapping[str, Any]) -> Dataset:

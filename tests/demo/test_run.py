@@ -115,10 +115,18 @@ def test_sizes_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert asked == [DemoSizes().with_train({"lines": 5, "captions": 6})] * 2
 
 
-@pytest.mark.parametrize("bad", ["lines", "lines=many", "lines=-1"])
-def test_a_size_that_is_no_number_is_refused(bad: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ("lines", "--size 'lines': write it as KEY=VALUE, such as --size text_pairs=3000"),
+        ("lines=many", "lines = many: allowed is 1 or more"),
+        ("lines=1.5", "lines = 1.5: allowed is 1 or more"),
+        ("lines=-1", "lines = -1: allowed is 1 or more"),
+    ],
+)
+def test_a_size_that_is_no_number_is_refused(bad: str, told: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", str(tmp_path / "output"), "--size", bad])
-    assert f"--size {bad!r}: write it as NAME=NUMBER" in str(result.exception)
+    assert told in str(result.exception)
     assert not (tmp_path / "output").exists()
 
 

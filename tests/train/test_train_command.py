@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sentence_vipyloqwen import cli
-from sentence_vipyloqwen.cli import training
+from sentence_vipyloqwen.cli import shared, training
 from sentence_vipyloqwen.train.batches import NonFiniteStep
 from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 from sentence_vipyloqwen.train.recipe import load_recipe, recipe_text, shipped_recipes
@@ -54,7 +54,7 @@ def test_every_setting_in_the_help_may_be_given() -> None:
     always = {"base": "b", "train": "t.jsonl", "output": "o", "eval": "e.jsonl", "eval_steps": 1, "best_metric": "mean"}
     for pair in pairs:
         beside = always | ({"frozen": ["visual"]} if "vision_cache" in pair else {})
-        load_recipe(overrides=beside | training.parse_settings([pair]))
+        load_recipe(overrides=beside | shared.parse_settings([pair]))
 
 
 @pytest.mark.parametrize(
