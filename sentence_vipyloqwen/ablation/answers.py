@@ -56,6 +56,17 @@ def cell(figure: Spread | None) -> str:
     return f"{figure.mean:.3f}" if figure.deviation is None else f"{figure.mean:.3f} ± {figure.deviation:.3f}"
 
 
+def signed(difference: Difference) -> str:
+    """A difference with its sign; one that rounds to nothing has none that means anything.
+
+    >>> signed(Difference.of(Spread({0: 0.25}), Spread({0: 0.5})))
+    '-0.250'
+    >>> signed(Difference.of(Spread({0: 0.4999}), Spread({0: 0.5})))
+    '+0.000'
+    """
+    return f"{round(difference.by_seed.mean, 3) + 0.0:+.3f}"
+
+
 def shown(figure: str) -> str:
     """The name of a figure, as a reader sees it."""
     return AVERAGE if figure == MEAN else figure
@@ -159,10 +170,10 @@ def _line(result: VariantResult) -> Line:
     variant, found = result.variant, result.differences.get(result.main)
     if found is None:
         return Line(variant.name, variant.change, "")
-    told = f"{found.by_seed.mean:+.3f}" + (f" in {variant.only}" if variant.only else "")
+    told = signed(found) + (f" in {variant.only}" if variant.only else "")
     if variant.against != FULL:
         told += f" against {variant.against}"
-    tasks = [f"{other.by_seed.mean:+.3f} in {name}" for name, other in result.differences.items() if other.counts]
+    tasks = [f"{signed(other)} in {name}" for name, other in result.differences.items() if other.counts]
     if tasks and not found.counts:
         told += f", but {_joined(tasks)}"
     return Line(variant.name, variant.change, told)

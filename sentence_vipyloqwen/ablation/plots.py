@@ -6,12 +6,12 @@ A row of dots for each variant, a panel for each figure. Equal results give equa
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sentence_vipyloqwen.ablation.answers import shown
 from sentence_vipyloqwen.ablation.background import rows_a_step
-from sentence_vipyloqwen.ablation.results import MEAN, Difference, Spread, VariantResult
+from sentence_vipyloqwen.ablation.results import Difference, Spread, VariantResult, names_in
 from sentence_vipyloqwen.ablation.variants import FULL
 from sentence_vipyloqwen.extras import require
 from sentence_vipyloqwen.tasks import ALL_TASKS, SCORE_MSE
@@ -53,7 +53,7 @@ def draw_differences(results: Sequence[VariantResult]) -> dict[str, bytes]:
     0; such a one is in colour. One of a single seed is hollow.
     """
     compared = [result for result in results if result.differences]
-    names = _names([result.differences for result in compared])
+    names = names_in([result.differences for result in compared])
     rows = _by_family(compared)
     figure, panels = _row_panels(len(names), len(rows))
     for panel, name in zip(panels, names, strict=True):
@@ -77,7 +77,7 @@ def draw_values(results: Sequence[VariantResult]) -> dict[str, bytes]:
     A figure of a single seed is hollow.
     """
     measured = [result for result in results if result.figures]
-    names = _names([result.figures for result in measured])
+    names = names_in([result.figures for result in measured])
     rows = _by_family(measured)
     reference = next((result.figures for result in measured if result.variant.name == FULL), {})
     figure, panels = _row_panels(len(names), len(rows))
@@ -142,11 +142,6 @@ def comparable(result: VariantResult, reference: VariantResult | None, task: str
 
 
 # --- Figures and panels ---
-
-
-def _names(figures: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The average, then the tasks, as far as there is a figure of it."""
-    return list(dict.fromkeys(name for of in figures for name in of)) or [MEAN]
 
 
 def _by_family(results: Sequence[VariantResult]) -> Rows:

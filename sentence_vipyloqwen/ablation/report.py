@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sentence_vipyloqwen.ablation.answers import answer, cell, in_short, shown
+from sentence_vipyloqwen.ablation.answers import answer, cell, in_short, shown, signed
 from sentence_vipyloqwen.ablation.background import (
     TERM_WORDS,
     reference_facts,
@@ -24,6 +24,7 @@ from sentence_vipyloqwen.ablation.results import (
     chance,
     figures_of,
     load_results,
+    names_in,
     summarise,
     unknown_variants,
 )
@@ -78,7 +79,7 @@ def _told(runs: Sequence[Mapping[str, Any]], results: Sequence[VariantResult]) -
     """What the templates are given."""
     return {
         "results": results,
-        "names": list(dict.fromkeys(name for result in results for name in result.figures)),
+        "names": names_in([result.figures for result in results]),
         "runs": [_run_row(run) for run in runs],
         "unknown": unknown_variants(runs),
         "rule": RULE,
@@ -105,7 +106,7 @@ def change(difference: Difference | None) -> str:
     if difference is None:
         return ""
     deviation = difference.by_seed.deviation
-    return f"{round(difference.by_seed.mean, 3) + 0.0:+.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+    return signed(difference) + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def by_chance(results: Sequence[VariantResult]) -> tuple[int, float]:

@@ -8,7 +8,7 @@ difference between two variants is taken seed by seed: a seed deals rows and dra
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -132,6 +132,11 @@ class VariantResult:
     def compared_seeds(self) -> int:
         """How many seeds its differences are taken over."""
         return max((len(found.by_seed.by_seed) for found in self.differences.values()), default=0)
+
+
+def names_in(figures: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The average, then the tasks, as far as there is a figure of one; the average alone where there is none."""
+    return list(dict.fromkeys(name for of in figures for name in of)) or [MEAN]
 
 
 def load_results(output: Path) -> list[dict[str, Any]]:
