@@ -8,6 +8,7 @@
 | `eval_lines.jsonl` | the lines of text of `eval.jsonl` alone, so that its retrieval candidates are exactly these |
 | `items.jsonl` | a collection to index and search: held-out pictures, documents and texts, and pictures with a text |
 | `images/` | the pictures that they name, relative to the folder |
+| `made_by.json` | the seed and the sizes |
 
 | task | domain | lang | source |
 |---|---|---|---|
@@ -33,7 +34,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -48,6 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 T = TypeVar("T")
 
+MADE_BY_FILE = "made_by.json"
 _PROGRESS_EVERY = 100
 _PER_IMAGE = ("vqa_questions", "questions_per_page")
 _PNG_LEVEL = 2  # twice as fast as the default, for files of the same size
@@ -179,7 +181,7 @@ def build_demo_data(
     3. Write the records, and choose items to index from what is held out.
 
     Args:
-        folder: Where to write; made if missing, files of the same names are replaced.
+        folder: Where to write; made if missing, files of the same seed and sizes are replaced.
         seed: Seed of everything that is drawn.
         sizes: How much to make.
         progress: Told how far the work is, for a progress bar.
@@ -188,9 +190,11 @@ def build_demo_data(
         The files and the counts.
 
     Raises:
-        ValueError: If more is asked for than the sources can vary.
+        ValueError: If more is asked for than the sources can vary, or the folder holds data of another seed or of other
+            sizes: a model may have been trained on them.
     """
     folder = Path(folder)
+    _claim(folder, {"seed": seed, **asdict(sizes)})
     report = progress or _no_progress
     held_out = _draw_split("eval", sizes.eval, seed)  # 1
     eval_records = _records(held_out, sizes.eval)
@@ -207,6 +211,16 @@ def build_demo_data(
         items=_write_jsonl(folder / "items.jsonl", _items(held_out, sizes.items)),
         counts={"train": _count(train_records), "eval": _count(eval_records)},
     )
+
+
+def _claim(folder: Path, asked: Mapping[str, object]) -> None:
+    """Write down what the data are made by, before any are; refuse a folder that has others."""
+    path = folder / MADE_BY_FILE
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else asked
+    if held != asked:
+        raise ValueError(f"{folder} holds data of {held}; asked for are {asked}. Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 
 def _no_progress(what: str, done: int, total: int) -> None:

@@ -112,6 +112,17 @@ def test_equal_seeds_give_equal_bytes(data: DemoData, tmp_path: Path) -> None:
     assert not open_texts(read(other.eval_lines)) & open_texts(read(data.eval_lines))
 
 
+def test_data_of_other_sizes_are_not_written_over(tmp_path: Path) -> None:
+    sizes = DemoSizes().scaled(0.005)
+    made = build_demo_data(tmp_path, sizes=sizes)
+    before = made.train.read_bytes()
+    for seed, other in ((1, sizes), (0, sizes.with_train({"lines": 9}))):
+        with pytest.raises(ValueError, match=r"holds data of .*'lines': .* Choose another folder"):
+            build_demo_data(tmp_path, seed=seed, sizes=other)
+    assert made.train.read_bytes() == before
+    assert build_demo_data(tmp_path, sizes=sizes).train.read_bytes() == before
+
+
 def test_eval_lines_are_the_lines_of_eval(data: DemoData) -> None:
     lines = read(data.eval_lines)
     assert lines == [record for record in read(data.eval) if record["domain"] == "line"]
