@@ -335,21 +335,29 @@ def _items(data: DemoData, records: Sequence[Record]) -> list[dict[str, Any]]:
 def _queries(records: Sequence[Record], items: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], str | None]]:
     """A text, an image, an image with a text, and questions under a prefix, all of held-out records.
 
-    The image with a text is that of a page which no item shows with its text: a query that is an item finds itself.
+    Without a prefix, a query that is an item finds itself, so others come first.
     """
-    pages = {tuple(item["image"]) for item in items if "image" in item and "text" in item}
-    first = {}
+    of: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if (record.task.name, record.domain) != ("general", "document") or record.anchor.images not in pages:
-            first.setdefault((record.task.name, record.domain), record)
-    caption, document = first["general", "caption"], first["general", "document"]
+        of.setdefault((record.task.name, record.domain), []).append(record)
+    captions, pages = of["general", "caption"], of["general", "document"]
+    indexed = [_content(item) for item in items]
+
+    def first_that_is_no_item(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return next((query for query in inputs if _content(query) not in indexed), inputs[0])
+
     queries: list[tuple[dict[str, Any], str | None]] = [
-        ({"text": caption.positive.text}, None),
-        (caption.anchor.as_input(), None),
-        ({**document.anchor.as_input(), "text": document.positive.text}, None),
+        ({"text": captions[0].positive.text}, None),
+        (first_that_is_no_item([record.anchor.as_input() for record in captions]), None),
+        (first_that_is_no_item([{**page.anchor.as_input(), "text": page.positive.text} for page in pages]), None),
     ]
-    asked = [key for key in first if key[0] in ANSWERED]
-    return queries + [(_unprefixed(first[key]), first[key].task.name) for key in asked]
+    asked = [key for key in of if key[0] in ANSWERED]
+    return queries + [(_unprefixed(of[key][0]), key[0]) for key in asked]
+
+
+def _content(of: Mapping[str, Any]) -> tuple[list[Path], str]:
+    """Images and text of an input or an item, wherever a path begins."""
+    return [Path(image).resolve() for image in of.get("image", [])], of.get("text", "")
 
 
 def _unprefixed(record: Record) -> dict[str, Any]:

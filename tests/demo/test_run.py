@@ -3,11 +3,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,20 +18,23 @@ from typer.testing import CliRunner
 from sentence_vipyloqwen.cli import app
 from sentence_vipyloqwen.demo import run
 from sentence_vipyloqwen.demo.data import DemoSizes
+from sentence_vipyloqwen.demo.sources import documents
 from sentence_vipyloqwen.index import VectorIndex
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 from sentence_vipyloqwen.train.recipe import load_recipe
+from sentence_vipyloqwen.train.records import read_records
 
 SMALL = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "embedding_dim": 16}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_whole_job_on_a_small_scale(tmp_path: Path, processes: int) -> None:
+def test_the_whole_job_on_a_small_scale(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a folder is given as it would be in a shell
     screen = io.StringIO()
     console = Console(file=screen, width=120)
     sizes = DemoSizes().scaled(0.01)
-    result = run.run_demo(tmp_path, sizes=sizes, overrides=SMALL, processes=processes, console=console)
+    result = run.run_demo("demo", sizes=sizes, overrides=SMALL, processes=processes, console=console)
     told = screen.getvalue()
     for step in ("Data", "Base", "Training", "plain SentenceTransformer", "Index and search", "before", "after"):
         assert step in told
@@ -48,13 +51,31 @@ def test_the_whole_job_on_a_small_scale(tmp_path: Path, processes: int) -> None:
     page = result.page_path.read_text(encoding="utf-8")
     assert page.count("<section") >= 8  # a text, an image, both, and questions of each domain under a prefix
     assert "data:image/" in page
-    assert not re.findall(r"1\.000", page)  # no query is an item
-    index = VectorIndex.load(tmp_path / "index", ViPyloQwen(result.model_path, device="cpu"))
+    index = VectorIndex.load("demo/index", ViPyloQwen(result.model_path, device="cpu"))
     kinds = {item["metadata"]["kind"] for item in index.items}
     assert {"picture", "line", "text", "answer"} <= kinds
     card = ModelCard.load(result.model_path / "README.md")
     assert (card.data.library_name, card.data.license) == ("sentence-transformers", "apache-2.0")
     assert "### Curves" in card.text
+
+
+def test_no_query_is_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = replace(DemoSizes().scaled(0.01), items=8)  # all pages but one are items with their texts
+    data, _ = run.prepare_demo("demo", sizes=sizes)
+    records = list(read_records(data.eval))
+    items = run._items(data, records)
+    kinds = [item["metadata"]["kind"] for item in items]
+    assert sum(kind.removesuffix("+text") in documents.PAGE_SIZES and "+text" in kind for kind in kinds) == 4
+
+    indexed = [run._content(item) for item in items]
+    queries = [query for query, prompt in run._queries(records, items) if prompt is None]
+    assert [(bool(query.get("image")), bool(query.get("text"))) for query in queries] == [
+        (False, True),
+        (True, False),
+        (True, True),
+    ]
+    assert not [query for query in queries if run._content(query) in indexed]
 
 
 def test_what_a_training_begins_with_is_that_of_the_whole_job(tmp_path: Path) -> None:
