@@ -48,8 +48,8 @@ from torch.utils.data import ConcatDataset
 
 from sentence_vipyloqwen.modules.images import image_size, open_image
 from sentence_vipyloqwen.train.dataset import load_tasks
-from sentence_vipyloqwen.train.records import validate
 from sentence_vipyloqwen.train.sampling import grouped_batch_sampler, task_mix_sampler
+from sentence_vipyloqwen.train.validation import validate
 
 MEGABYTE = 1e6
 SAMPLE_SECONDS = 0.02

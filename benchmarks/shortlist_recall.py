@@ -30,7 +30,7 @@ import torch
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen
 from sentence_vipyloqwen.index import kinds
 from sentence_vipyloqwen.index.snapshot import Hit
-from sentence_vipyloqwen.train.records import read_records
+from sentence_vipyloqwen.train.record_lines import read_records
 
 K = 10
 COLUMNS = ("kind", "candidates", "recall@10", "found whole")

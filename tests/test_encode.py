@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen import model as model_module
-from sentence_vipyloqwen.modules import qwen2_vl
+from sentence_vipyloqwen.modules import opening
 from sentence_vipyloqwen.modules.images import is_decoded
 from sentence_vipyloqwen.modules.inputs import parse_inputs
 
@@ -90,8 +90,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         sources.append(source)
         return real(source, **kwargs)
 
-    real = qwen2_vl.open_image
-    monkeypatch.setattr(qwen2_vl, "open_image", open_image)
+    real = opening.open_image
+    monkeypatch.setattr(opening, "open_image", open_image)
     return sources
 
 

@@ -26,7 +26,7 @@ def validate(
     """Check a file of training records: every bad line is reported as file:line, what came, what is allowed."""
     from rich.table import Table
 
-    from sentence_vipyloqwen.train.records import validate as check
+    from sentence_vipyloqwen.train.validation import validate as check
 
     report = check(file, decode_images=images, write_good=write_good, write_report=write_report, show_progress_bar=True)
     screen = make_screen()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,28 +25,20 @@ from sentence_vipyloqwen.modules.features import (
     patch_features,
     text_features,
 )
-from sentence_vipyloqwen.modules.images import describe, fetch, image_key, image_size, open_image, source_identity
 from sentence_vipyloqwen.modules.inputs import AnySource, ParsedInput, parse_inputs
 from sentence_vipyloqwen.modules.mean_pooling import PACKED_EMBEDDINGS, PACKING
+from sentence_vipyloqwen.modules.opening import closed_sizes, cut_image, cut_rows, measured, opened_patches
 from sentence_vipyloqwen.modules.packed_forward import (
     PLAN,
     is_prepared,
-    keep_vision_in_step,
     prepare,
     run_packed,
     run_vision,
     select_patches,
 )
 from sentence_vipyloqwen.modules.packing import Packing, content_keys, pack
-from sentence_vipyloqwen.modules.patches import (
-    CutImage,
-    Grid,
-    ImagePatchCache,
-    cut,
-    grid_of,
-    resized_size,
-    to_pixel_values,
-)
+from sentence_vipyloqwen.modules.padded_forward import run_padded
+from sentence_vipyloqwen.modules.patches import CutImage, Grid, ImagePatchCache, to_pixel_values
 from sentence_vipyloqwen.modules.rendering import (
     CHAT_TEMPLATE,
     ControlTokens,
@@ -57,15 +48,13 @@ from sentence_vipyloqwen.modules.rendering import (
     render,
     render_by_template,
 )
-from sentence_vipyloqwen.modules.spool import Spool
+from sentence_vipyloqwen.modules.stock_config import stock_config, template_options_of
 from sentence_vipyloqwen.modules.vision_cache import ShownImage, VisionCache, check_frozen
 
 MAX_SEQ_LENGTH = 8192
 MIN_PIXELS = 4 * 28 * 28
 MAX_PIXELS = 1280 * 28 * 28
 """Pixel budget of one image: 4 to 1280 merged vision tokens, so that five images and a text fit 8192 tokens."""
-
-_TOKENIZER_OPTIONS = {"padding", "truncation", "max_length", "restore_suffix"}
 
 _HUB_KEYS = ("token", "revision", "local_files_only", "cache_dir", "subfolder")
 
@@ -218,24 +207,9 @@ class Qwen2VLTransformer(InputModule):
         Raises:
             ValueError: If an image's header cannot be read, or an input's images do not fit the limit.
         """
-        known: dict[str | int, tuple[AnySource, Grid]] = {}
-        spool = Spool()
-        sized = [self._size(item, known, spool) for item in inputs]
-        items, grids = [item for item, _ in sized], [of_images for _, of_images in sized]
+        items, grids = measured(inputs, self.image_processor, self.allow_urls)
         to_rows = partial(render_by_template, options=self.template_options) if self._by_template else render
         return to_rows(items, grids, self.tokenizer, self.control, self.image_processor.merge_size, max_length)
-
-    def _size(
-        self, item: ParsedInput, known: dict[str | int, tuple[AnySource, Grid]], spool: Spool
-    ) -> tuple[ParsedInput, tuple[Grid, ...]]:
-        """Find the grid of each image of an input, once for each image of a batch, and fetch what is a URL."""
-        for position, source in enumerate(item.images):
-            if (identity := source_identity(source)) not in known:
-                with named_image(item, position):
-                    fetched = fetch(source, allow_urls=self.allow_urls, spool=spool)
-                    known[identity] = fetched, grid_of(image_size(fetched), self.image_processor)
-        found = [known[source_identity(source)] for source in item.images]
-        return replace(item, images=tuple(source for source, _ in found)), tuple(grid for _, grid in found)
 
     def collate(self, rows: Sequence[RenderedInput], opened: ImagePatchCache | None = None) -> dict[str, Tensor]:
         """Turn rendered rows into features; each of their images is opened, resized and cut once.
@@ -254,7 +228,7 @@ class Qwen2VLTransformer(InputModule):
             ValueError: If an image cannot be decoded; the message names its input and position.
         """
         images = [RowImages.of(row) for row in rows]
-        cut_images = self._open(images, opened if opened is not None else ImagePatchCache())
+        cut_images = cut_rows(images, self._cut, opened)
         return self._text_features(rows) | image_features(images, cut_images) | patch_features(cut_images)
 
     def collate_packed(self, rows: Sequence[RenderedInput], opened: ImagePatchCache | None = None) -> dict[str, Any]:
@@ -274,7 +248,7 @@ class Qwen2VLTransformer(InputModule):
         if not self._packs:
             return self.collate(rows, opened)
         images = [RowImages.of(row) for row in rows]
-        cut_images = self._open(images, opened if opened is not None else ImagePatchCache())
+        cut_images = cut_rows(images, self._cut, opened)
         features: dict[str, Any] = self._text_features(rows) | image_features(images, cut_images)
         plan = pack(features, self.image_processor.merge_size, self.control.image_pad)
         return features | {PLAN: plan} | patch_features(cut_images, plan.images)
@@ -299,26 +273,6 @@ class Qwen2VLTransformer(InputModule):
             features |= {CLOSED_IMAGES: ClosedImages(images), ROW_INDEX: torch.arange(len(rows))}
         return features
 
-    def _sizes(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What is known of closed images: how many each row has, and their grids."""
-        rows = features[CLOSED_IMAGES].at(features[ROW_INDEX])
-        grids = [(1, *grid) for row in rows for grid in row.grids]
-        if not grids:  # a part of a batch whose images all stand in other rows
-            return {}
-        sizes = {"image_grid_thw": grids, "num_images_per_sample": [len(row.grids) for row in rows]}
-        return {name: torch.tensor(value, device=features["input_ids"].device) for name, value in sizes.items()}
-
-    def _opened(self, features: Mapping[str, Any], images: Sequence[int]) -> Tensor:
-        """The patches of some closed images, by their places among those of all rows."""
-        closed: ClosedImages = features[CLOSED_IMAGES]
-        rows = closed.at(features[ROW_INDEX])
-        shown = [(row, position) for row in rows for position in range(len(row.sources))]
-        parts = []
-        for row, position in (shown[image] for image in images):
-            known = closed.opened.get(row.name(position))
-            parts.append(self.cut_closed(row, position) if known is None else known)
-        return torch.cat(parts).to(features["input_ids"].device)
-
     def cut_closed(self, row: RowImages, position: int) -> Tensor:
         """Open a closed image, resize it and cut it.
 
@@ -335,18 +289,8 @@ class Qwen2VLTransformer(InputModule):
         with named_image(row, position):
             return self._cut(row.sources[position], row.grids[position]).patches
 
-    def _open(self, rows: Sequence[RowImages], cache: ImagePatchCache) -> list[list[CutImage]]:
-        images = of_images(rows, lambda source, grid: cache.get(source) or self._cut(source, grid))
-        cache.keep({source_identity(image.source): image for row in images for image in row})
-        return images
-
     def _cut(self, source: AnySource, grid: Grid) -> CutImage:
-        draft_size = resized_size(grid, self.image_processor) if self.jpeg_draft else None
-        image = open_image(source, draft_size=draft_size)
-        if draft_size is None and grid_of(image.size, self.image_processor) != grid:
-            width, height = image.size
-            raise ValueError(f"the image {describe(source)} measures {width}x{height}, not what its header said before")
-        return CutImage(source, image_key(image), cut(image, grid, self.image_processor))
+        return cut_image(source, grid, self.image_processor, self.jpeg_draft)
 
     def _text_features(self, rows: Sequence[RenderedInput]) -> dict[str, Tensor]:
         return text_features(rows, self.control, self.tokenizer.pad_token_id)
@@ -372,7 +316,7 @@ class Qwen2VLTransformer(InputModule):
             padded, with ``packing`` and ``packed_embeddings`` (T, hidden).
         """
         if CLOSED_IMAGES in features:
-            features = {**features, **self._sizes(features)}
+            features = {**features, **closed_sizes(features)}
         if not self._packs:
             features["token_embeddings"] = self._forward_padded(features)
             return features
@@ -395,7 +339,7 @@ class Qwen2VLTransformer(InputModule):
     def _see(self, features: Mapping[str, Any], packing: Packing, places: Sequence[int]) -> Tensor:
         """(merged patches, hidden) of some of the different images, by their places among ``packing.images``."""
         if CLOSED_IMAGES in features:
-            patches = self._opened(features, [packing.images[place] for place in places])
+            patches = opened_patches(features, [packing.images[place] for place in places], self.cut_closed)
         else:
             patches = select_patches(features, packing, places)
         grids = [packing.grids[place] for place in places]
@@ -421,18 +365,10 @@ class Qwen2VLTransformer(InputModule):
 
     def _forward_padded(self, features: Mapping[str, Any]) -> Tensor:
         """(B, L, hidden): the plain call of the transformers model, to which the packed one is held."""
+        pixel_values = features.get("pixel_values")
         if CLOSED_IMAGES in features and "image_grid_thw" in features:
-            features = {**features, "pixel_values": self._opened(features, range(len(features["image_grid_thw"])))}
-        if "pixel_values" in features:
-            shown = {name: features[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
-            shown["pixel_values"] = self._normalised(features["pixel_values"])
-        else:  # positions are told: a model that is not shown ids takes those of the batch before for its own
-            ids = features["input_ids"]
-            embeddings = keep_vision_in_step(self.model, self.model.get_input_embeddings()(ids))
-            positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)  # (3, B, L)
-            shown = {"inputs_embeds": embeddings, "position_ids": positions}
-        output = self.model(attention_mask=features["attention_mask"], use_cache=False, **shown)
-        return output.last_hidden_state
+            pixel_values = opened_patches(features, range(len(features["image_grid_thw"])), self.cut_closed)
+        return run_padded(self.model, features, self._normalised(pixel_values))
 
     def _normalised(self, patches: Tensor | None, frames: int | None = None) -> Tensor | None:
         """Our own uint8 patches in floats; the stock's floats as they are."""
@@ -448,19 +384,7 @@ class Qwen2VLTransformer(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What Sentence Transformers' ``Transformer`` reads; without ``message`` it would be text only."""
-        method = {"method": "forward", "method_output_name": "last_hidden_state"}
-        options = {"processing_kwargs": {"chat_template": self.template_options}} if self.template_options else {}
-        return {
-            "transformer_task": "feature-extraction",
-            "modality_config": {
-                "text": method,
-                "image": method,
-                "image+text": method,
-                "message": {**method, "format": "structured"},
-            },
-            "module_output_name": "token_embeddings",
-            **options,
-        }
+        return stock_config(self.template_options)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write weights (safetensors), tokenizer, image processor, chat template and module configuration."""
@@ -517,7 +441,7 @@ class Qwen2VLTransformer(InputModule):
         parts = load_parts(model_name_or_path, hub, model_kwargs or {}, processor_kwargs or {}, config_kwargs or {})
         where = {"token": token, "revision": revision, "local_files_only": local_files_only, "subfolder": subfolder}
         config = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
-        return cls(*parts, template_options=_template_options(config, model_name_or_path))
+        return cls(*parts, template_options=template_options_of(config, model_name_or_path))
 
     @classmethod
     def from_base(
@@ -559,25 +483,3 @@ def _text_limit(processing_kwargs: Mapping[str, Mapping[str, Any]] | None) -> in
     if unknown := sorted(given - {"text.max_length"}):
         raise ValueError(f"processing_kwargs has {unknown}; allowed is {{'text': {{'max_length': int}}}}.")
     return (processing_kwargs or {}).get("text", {}).get("max_length")
-
-
-def _template_options(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """What a folder's ``sentence_bert_config.json`` has for the chat template.
-
-    Raises:
-        ValueError: If it asks for what is not done here, and vectors would be others than Sentence Transformers'.
-    """
-    processing = config.get("processing_kwargs") or {}
-    options = processing.get("chat_template", {})
-    asked = {
-        "transformer_task": config.get("transformer_task", "feature-extraction") != "feature-extraction",
-        "modality_config": "message" not in config.get("modality_config", ()),
-        "query_expansion": config.get("query_expansion") is not None,
-        "processing_kwargs": bool(processing.keys() - {"chat_template"} or options.keys() & _TOKENIZER_OPTIONS),
-    }
-    if unknown := [key for key, differs in asked.items() if differs]:
-        raise ValueError(
-            f"{path!r} is configured by {', '.join(f'{key} = {config.get(key)!r}' for key in unknown)}; allowed are "
-            "feature extraction, the modality 'message', and arguments for the chat template alone."
-        )
-    return options

@@ -35,16 +35,15 @@ from datasets import config as datasets_config
 from filelock import FileLock
 
 from sentence_vipyloqwen.tasks import ALL_TASKS
-from sentence_vipyloqwen.train.records import (
+from sentence_vipyloqwen.train.record_lines import (
     ImageError,
-    Record,
     RecordError,
-    Side,
     StrPath,
     check_records,
     read_records,
     report_line,
 )
+from sentence_vipyloqwen.train.records import Record, Side
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def load_tasks(
         Split -> dataset, in the order of the task table, then by number of negatives.
 
     Raises:
-        RecordError: At the first line that is not a record, whatever `on_error`: see `records.validate`.
+        RecordError: At the first line that is not a record, whatever `on_error`: see `validation.validate`.
         ValueError: If a file has no record, or none whose images can be opened, changes while it is read, or if the
             cache is damaged.
     """

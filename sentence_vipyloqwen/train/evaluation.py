@@ -39,7 +39,8 @@ from torch.nn import functional
 
 from sentence_vipyloqwen.tasks import ALL_TASKS, SCORE_MSE, split_prefix
 from sentence_vipyloqwen.train import metrics
-from sentence_vipyloqwen.train.records import Record, Side, StrPath, read_records
+from sentence_vipyloqwen.train.record_lines import StrPath, read_records
+from sentence_vipyloqwen.train.records import Record, Side
 
 CLOSED_SET_CANDIDATES = 100
 CLOSED_SET_RECURRENCE = 5.0

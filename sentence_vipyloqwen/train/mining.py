@@ -75,7 +75,8 @@ from sentence_vipyloqwen.train.record_file import (
     read_rows,
     write_negatives,
 )
-from sentence_vipyloqwen.train.records import Side, StrPath
+from sentence_vipyloqwen.train.record_lines import StrPath
+from sentence_vipyloqwen.train.records import Side
 from sentence_vipyloqwen.train.vector_cache import VectorCache
 
 CONTENTS_PER_CALL = 1024

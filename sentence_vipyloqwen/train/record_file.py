@@ -7,19 +7,20 @@ import os
 from array import array
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from sentence_vipyloqwen.files import replacing
 from sentence_vipyloqwen.tasks import ALL_TASKS, SCORE_MSE
-from sentence_vipyloqwen.train.records import Record, RecordError, Side, StrPath, parse_record
+from sentence_vipyloqwen.train.record_lines import RecordError, StrPath, image_root
+from sentence_vipyloqwen.train.records import Record, Side, parse_record
 
 TASK_NAMES = tuple(ALL_TASKS)
 LINES_PER_UPDATE = 1000
@@ -40,7 +41,7 @@ class RecordFile:
 
     def __init__(self, path: StrPath) -> None:
         self.path = os.fspath(path)
-        self.root = folder_of(path)
+        self.root = image_root(path)
         self._file = open(path, "rb")  # noqa: SIM115  (`close` closes it)
         self._state = self._stat()
 
@@ -84,11 +85,6 @@ class RecordFile:
     def _stat(self) -> tuple[int, int]:
         state = os.stat(self.path)
         return state.st_size, state.st_mtime_ns
-
-
-def folder_of(path: StrPath) -> str:
-    """The folder that image paths in a file are relative to."""
-    return os.path.realpath(os.path.dirname(path))
 
 
 # --- What is noted of the rows --------------------------------------------------------------------------------------
@@ -228,7 +224,7 @@ def write_negatives(
     Raises:
         ValueError: If the file changed since it was opened.
     """
-    relocation = _Relocation(file.root, folder_of(output))
+    relocation = _Relocation(file.root, image_root(output))
 
     @lru_cache(maxsize=SIDES_REMEMBERED)
     def positive_of(row: int) -> Any:
@@ -236,7 +232,7 @@ def write_negatives(
 
     bar = progress.add_task("Writing", total=len(rows))
     file.check_unchanged()
-    with _replacing(output) as copy:
+    with replacing(Path(output)) as draft, draft.open("w", encoding="utf-8", newline="\n") as copy:
         for place, ((_, _, line), others) in enumerate(zip(file.lines(), chosen, strict=True)):
             copy.write(_copied(line, [positive_of(row) for row in others.tolist() if row >= 0], relocation) + "\n")
             if place % LINES_PER_UPDATE == 0:
@@ -281,17 +277,3 @@ class _Relocation:
 def _each(function: Any, value: Any) -> Any:
     """Apply a function to a value, or to each of a list."""
     return [function(item) for item in value] if isinstance(value, list) else function(value)
-
-
-@contextmanager
-def _replacing(path: StrPath) -> Iterator[TextIO]:
-    """A file to write to, moved to its place on success only."""
-    partial = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

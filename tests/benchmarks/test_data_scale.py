@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from data_scale import Measured
 
-from sentence_vipyloqwen.train.records import validate
+from sentence_vipyloqwen.train.validation import validate
 
 
 def test_records_are_good_of_all_tasks_and_always_the_same(tmp_path: Path) -> None:

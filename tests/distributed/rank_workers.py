@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, 
 
 from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen, load_tasks
 from sentence_vipyloqwen.losses.cached_prefix_routed import CachedPrefixRoutedLoss
-from sentence_vipyloqwen.modules import packed_forward, qwen2_vl
+from sentence_vipyloqwen.modules import packed_forward, padded_forward
 from sentence_vipyloqwen.train import run
 from sentence_vipyloqwen.train.evaluation import TasksEvaluator
 from sentence_vipyloqwen.train.recipe import Recipe
@@ -103,7 +103,7 @@ def count_vision(model: ViPyloQwen) -> list[int]:
 def train(folder: Path, how: str, packed: bool = True, dummy: bool = True) -> Any:
     """One step of a model that is replicated (`how="ddp"`) or sharded."""
     if not dummy:
-        packed_forward.keep_vision_in_step = qwen2_vl.keep_vision_in_step = leave_vision_out
+        packed_forward.keep_vision_in_step = padded_forward.keep_vision_in_step = leave_vision_out
     model, rank = load(folder, packed), distributed.get_rank()
     if how == "ddp":
         wrapped, whole = DistributedDataParallel(model, **DDP), Tensor.clone

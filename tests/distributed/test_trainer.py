@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.train.evaluation import evaluate
 from sentence_vipyloqwen.train.recipe import load_recipe
-from sentence_vipyloqwen.train.records import read_records
+from sentence_vipyloqwen.train.record_lines import read_records
 from sentence_vipyloqwen.train.trainer import ViPyloQwenTrainer, copy_without_weights, fill
 
 SHARDED_KINDS = {"FSDPViPyloQwen", "FSDPQwen2VLDecoderLayer", "FSDPQwen2VLVisionBlock"}

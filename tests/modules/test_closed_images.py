@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sentence_vipyloqwen import CachedPrefixRoutedLoss, PrefixRoutedLoss, ViPyloQwen
 from sentence_vipyloqwen.losses import cached_prefix_routed
-from sentence_vipyloqwen.modules import qwen2_vl, spool
+from sentence_vipyloqwen.modules import opening, spool
 from sentence_vipyloqwen.modules.closed_images import OpenedOnce, closed_key
 from sentence_vipyloqwen.modules.vision_cache import VisionCache
 
@@ -84,7 +84,7 @@ class Alive:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.most = self.opened = 0
-        cut = qwen2_vl.cut
+        cut = opening.cut
 
         def counted(*args: Any) -> Tensor:
             patches = cut(*args)
@@ -93,7 +93,7 @@ class Alive:
             weakref.finalize(patches.untyped_storage(), self._gone)
             return patches
 
-        monkeypatch.setattr(qwen2_vl, "cut", counted)
+        monkeypatch.setattr(opening, "cut", counted)
 
     def _gone(self) -> None:
         self.now -= 1
@@ -185,7 +185,7 @@ def test_the_next_images_are_opened_while_the_model_runs(
     """The first mini-batch ends only once the page of the second is open; by a loss that waited, never."""
     monkeypatch.setattr(cached_prefix_routed, "runs_beside", lambda device: True)
     opened, second = threading.Semaphore(0), []
-    cut = qwen2_vl.cut
+    cut = opening.cut
 
     def counted(*args: Any) -> Tensor:
         opened.release()
@@ -195,7 +195,7 @@ def test_the_next_images_are_opened_while_the_model_runs(
         if not second:
             second.append(all(opened.acquire(timeout=60) for _ in range(2)))
 
-    monkeypatch.setattr(qwen2_vl, "cut", counted)
+    monkeypatch.setattr(opening, "cut", counted)
     model[0].lazy_images = True
     features = [model.preprocess([{"image": [page], "text": "<ocr> a"} for page in pages]), model.preprocess(pages)]
     with model.register_forward_pre_hook(wait):

@@ -19,7 +19,7 @@ from PIL import Image
 from sentence_transformers.util import batch_to_device
 
 from sentence_vipyloqwen import ViPyloQwen
-from sentence_vipyloqwen.modules import qwen2_vl, spool
+from sentence_vipyloqwen.modules import opening, spool
 from sentence_vipyloqwen.modules.images import open_image
 from sentence_vipyloqwen.modules.inputs import parse_inputs
 from sentence_vipyloqwen.modules.patches import ImagePatchCache
@@ -76,7 +76,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(source)
         return open_image(source, **options)
 
-    monkeypatch.setattr(qwen2_vl, "open_image", counted)
+    monkeypatch.setattr(opening, "open_image", counted)
     return seen
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sentence_vipyloqwen import CachedPrefixRoutedLoss, PrefixRoutedLoss, ViPyloQwen
-from sentence_vipyloqwen.modules import qwen2_vl, vision_cache
+from sentence_vipyloqwen.modules import opening, qwen2_vl, vision_cache
 from sentence_vipyloqwen.modules.vision_cache import ShownImage, VisionCache
 
 Picture = Callable[..., Image.Image]
@@ -75,7 +75,7 @@ def test_what_is_held_is_neither_opened_nor_computed(
     frozen[0].lazy_images, frozen[0].vision_cache = True, cache
     loss = PrefixRoutedLoss(frozen)
     first = step(loss, columns)
-    monkeypatch.setattr(qwen2_vl, "open_image", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(opening, "open_image", lambda *_, **__: pytest.fail("opened"))
     monkeypatch.setattr(qwen2_vl, "run_vision", lambda *_: pytest.fail("computed"))
     second = step(loss, columns)
     assert second[0] == first[0]

@@ -18,7 +18,7 @@ from sentence_vipyloqwen.losses import PrefixRoutedLoss
 from sentence_vipyloqwen.train import dataset
 from sentence_vipyloqwen.train.dataset import load_tasks, skipped_rows
 from sentence_vipyloqwen.train.evaluation import TasksEvaluator
-from sentence_vipyloqwen.train.records import ImageError, RecordError
+from sentence_vipyloqwen.train.record_lines import ImageError, RecordError
 
 LINES: list[dict[str, Any]] = [
     {"task": "ocr", "anchor": {"image": "a.png", "text": "q1"}, "positive": "p1", "negative": ["n1", "n2"], "id": "1"},

@@ -23,7 +23,8 @@ from sentence_vipyloqwen.train import evaluation
 from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator, evaluate
 from sentence_vipyloqwen.train.progress import read_log
 from sentence_vipyloqwen.train.recipe import Recipe
-from sentence_vipyloqwen.train.records import Record, RecordError, Side
+from sentence_vipyloqwen.train.record_lines import RecordError
+from sentence_vipyloqwen.train.records import Record, Side
 from sentence_vipyloqwen.train.run import train
 
 

@@ -24,7 +24,7 @@ from sentence_vipyloqwen.tasks import PROMPTS
 from sentence_vipyloqwen.train import mining, record_file
 from sentence_vipyloqwen.train.hard_negatives import MiningOptions, choose, highest_cosines, nearest
 from sentence_vipyloqwen.train.mining import MiningReport, mine_negatives
-from sentence_vipyloqwen.train.records import RecordError
+from sentence_vipyloqwen.train.record_lines import RecordError
 from sentence_vipyloqwen.train.vector_cache import VectorCache
 
 Vector = Callable[[str], Sequence[float]]

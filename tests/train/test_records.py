@@ -16,17 +16,10 @@ from typer.testing import CliRunner
 from sentence_vipyloqwen.cli import app
 from sentence_vipyloqwen.modules import images
 from sentence_vipyloqwen.tasks import ALL_TASKS, TASKS, split_prefix
-from sentence_vipyloqwen.train import records
-from sentence_vipyloqwen.train.records import (
-    ImageError,
-    Record,
-    RecordError,
-    Side,
-    check_records,
-    parse_record,
-    read_records,
-    validate,
-)
+from sentence_vipyloqwen.train import record_lines, validation
+from sentence_vipyloqwen.train.record_lines import ImageError, RecordError, check_records, read_records
+from sentence_vipyloqwen.train.records import RECORD_KEYS, Record, Side, parse_record
+from sentence_vipyloqwen.train.validation import validate
 
 GOOD: dict[str, Any] = {"task": "ocr", "anchor": "Tổng cộng?", "positive": "320.000 đ"}
 
@@ -222,7 +215,7 @@ JSON = st.recursive(
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from(records.RECORD_KEYS), JSON) | JSON)
+@given(st.dictionaries(st.sampled_from(RECORD_KEYS), JSON) | JSON)
 @example({"anchor": {"image": ["a"]}, "positive": "p"})
 def test_any_json_is_a_well_formed_record_or_a_value_error(raw: Any):
     try:
@@ -313,7 +306,7 @@ def test_validate_decodes_images_to_their_end_if_asked(tmp_path: Path):
 def test_an_image_that_is_not_what_its_header_says_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.png").write_bytes(png())
     path = write_lines(tmp_path / "t.jsonl", {"anchor": {"image": "a.png"}, "positive": "p"})
-    monkeypatch.setattr(records, "image_size", lambda _: (5, 5))
+    monkeypatch.setattr(record_lines, "image_size", lambda _: (5, 5))
     assert "measures (4, 3), not (5, 5) as its header says" in validate(path, decode_images=True).errors[0]
 
 
@@ -324,7 +317,7 @@ def test_checked_lines_come_in_order_whatever_the_batch(tmp_path: Path, monkeypa
     path = write_lines(tmp_path / "t.jsonl", *lines)
     expected = [Record, RecordError, Record, ImageError, Record]
     for bound, value in (("LINES_AT_ONCE", 1), ("LINES_AT_ONCE", 2), ("BYTES_AT_ONCE", 80), ("LINES_AT_ONCE", 1000)):
-        monkeypatch.setattr(records, bound, value)
+        monkeypatch.setattr(record_lines, bound, value)
         checked = list(check_records(path))
         assert [type(line.outcome) for line in checked] == expected
         assert b"".join(line.line for line in checked) == path.read_bytes().replace(b" \n", b"")
@@ -339,15 +332,15 @@ def test_checked_lines_come_in_order_whatever_the_batch(tmp_path: Path, monkeypa
 
 def test_an_image_of_many_lines_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     opened: list[Any] = []
-    monkeypatch.setattr(records, "LINES_AT_ONCE", 2)
-    monkeypatch.setattr(records, "image_size", opened.append)
+    monkeypatch.setattr(record_lines, "LINES_AT_ONCE", 2)
+    monkeypatch.setattr(record_lines, "image_size", opened.append)
     path = write_lines(tmp_path / "t.jsonl", *[{"anchor": {"image": ["a.png", "b.png"]}, "positive": "p"}] * 5)
     assert validate(path).records == 5
     assert sorted(map(str, opened)) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
 
 def test_validate_writes_a_report_of_all_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(records, "MAX_ERRORS_KEPT", 1)
+    monkeypatch.setattr(validation, "MAX_ERRORS_KEPT", 1)
     uri = "data:image/png;base64," + "A" * 10_000
     bad = [
         b"{",
@@ -403,7 +396,7 @@ def test_validate_finds_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest
 
 
 def test_validate_keeps_the_first_messages_and_counts_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(records, "MAX_ERRORS_KEPT", 2)
+    monkeypatch.setattr(validation, "MAX_ERRORS_KEPT", 2)
     report = validate(write_lines(tmp_path / "t.jsonl", *[b"{"] * 5))
     assert (len(report.errors), report.error_count) == (2, 5)
 
@@ -425,7 +418,7 @@ def test_a_stopped_validate_leaves_the_previous_good_file_and_no_other(tmp_path:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records, "parse_record", interrupt)
+    monkeypatch.setattr(record_lines, "parse_record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         validate(path, write_good=good)
     assert good.read_text() == "previous"
