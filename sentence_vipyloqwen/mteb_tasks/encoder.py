@@ -13,7 +13,7 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
-from sentence_vipyloqwen.fingerprint import fingerprint
+from sentence_vipyloqwen.fingerprint import Fingerprint, fingerprint
 from sentence_vipyloqwen.tasks import PROMPTS
 
 MODALITIES = ["text", "image"]
@@ -46,17 +46,21 @@ def task_prompts(tasks: Iterable[AbsTask]) -> dict[str, str]:
     return {key: PROMPTS[name] for key, name in {**TYPE_PROMPTS, **names}.items()}
 
 
-def revision_of(model: SentenceTransformer) -> str:
+def revision_of(model: SentenceTransformer, known: Fingerprint | None = None) -> str:
     """A hash of what decides a model's scores, 32 hexadecimal digits: models of equal ones need not be measured twice.
 
     1. Its fingerprint: weights, dimensions, prompts, pixel budget, vocabulary, quantisation.
     2. How its modules are set up, pooling among them, and the backbone's own config.
     3. The chat template, and how two vectors are compared.
     4. The prompts that tasks get here.
+
+    Args:
+        model: The model.
+        known: Its fingerprint, if it has been taken already.
     """
     backbone = getattr(getattr(model[0], "model", None), "config", None)
     facts = {
-        "fingerprint": fingerprint(model).to_dict(),  # 1
+        "fingerprint": (known or fingerprint(model)).to_dict(),  # 1
         "modules": [module.get_config_dict() for module in model if hasattr(module, "get_config_dict")],  # 2
         "backbone": _settings(backbone.to_dict()) if backbone else None,
         "jpeg_draft": bool(getattr(model[0], "jpeg_draft", False)),
@@ -79,6 +83,9 @@ class ViPyloQwenEncoder(SentenceTransformerEncoderWrapper):
         model: The model.
         name: What results are filed under, ``owner/name``.
         tasks: The tasks that it will be measured on; they decide the prompts.
+
+    Attributes:
+        fingerprint: The model's.
     """
 
     def __init__(self, model: SentenceTransformer, name: str, tasks: Iterable[AbsTask]) -> None:
@@ -86,10 +93,11 @@ class ViPyloQwenEncoder(SentenceTransformerEncoderWrapper):
             warnings.simplefilter("ignore")  # mteb warns of every prompt that is not named as one of its tasks
             super().__init__(model)
         self.model_prompts = task_prompts(tasks)
+        self.fingerprint = fingerprint(model)
         self.mteb_model_meta = self.mteb_model_meta.model_copy(
             update={
                 "name": name,
-                "revision": revision_of(model),
+                "revision": revision_of(model, self.fingerprint),
                 "modalities": MODALITIES,
                 "languages": ["vie-Latn", "eng-Latn", "zho-Hans"],
             }

@@ -1,120 +1,182 @@
-"""What people ask for a Vietnamese document: five ways to write the same query.
+"""What people ask for a Vietnamese document: several ways of asking, and five ways to write each.
 
-A query names what tells the page from others, such as a customer and an amount, as the page shows it. Its words are
-Vietnamese, English or Chinese; a Vietnamese one is also written as many type it, without diacritics, and with errors.
+An asking names what tells the page from others, such as a phone number, or a customer and an amount, as the page shows
+it. Its words are Vietnamese, English or Chinese, and never those of the caption that the demo trains on; a Vietnamese
+one is also written as many type it, without diacritics, and with the errors of those who type Vietnamese.
 """
 
 from __future__ import annotations
 
 import random
-import re
-import unicodedata
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
 
 from sentence_vipyloqwen.demo.sources.documents import Page
+from sentence_vipyloqwen.mteb_tasks.typing_errors import add_typing_errors, strip_diacritics
 
 VIETNAMESE, PLAIN, TYPOS, ENGLISH, CHINESE = "vietnamese", "no_diacritics", "typing_errors", "english", "chinese"
 
-_TEMPLATES: Mapping[str, Mapping[str, str]] = {
-    "invoice": {
-        VIETNAMESE: "hóa đơn của khách hàng {customer}, tổng cộng {total}",
-        ENGLISH: "invoice of the customer {customer}, {total} in total",
-        CHINESE: "客户{customer}的发票，总计{total}",
+
+@dataclass(frozen=True)
+class Asking:
+    """One way of asking for a kind of page: the same question in each language, with fields of the page in braces."""
+
+    vietnamese: str
+    english: str
+    chinese: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it names."""
+        return tuple(name for _, name, _, _ in Formatter().parse(self.vietnamese) if name)
+
+    def ask(self, page: Page, language: str) -> str:
+        """The question for a page."""
+        templates = {VIETNAMESE: self.vietnamese, ENGLISH: self.english, CHINESE: self.chinese}
+        words = {name: _TRANSLATED.get(name, {}).get(value, {}) for name, value in page.fields}
+        return templates[language].format(**{name: words[name].get(language, value) for name, value in page.fields})
+
+
+ASKINGS: Mapping[str, tuple[Asking, ...]] = {
+    "invoice": (
+        Asking("tìm giúp tôi hóa đơn số {number}", "find me invoice number {number}", "帮我找编号{number}的发票"),
+        Asking("hóa đơn xuất cho {customer}", "the invoice made out to {customer}", "开给{customer}的发票"),
+        Asking(
+            "{customer} mua hàng hết {total}, cho tôi xem hóa đơn",
+            "{customer} bought goods for {total}, show me the invoice",
+            "{customer}买货花了{total}，给我看看发票",
+        ),
+        Asking("hóa đơn nào có tiền thuế là {tax}?", "which invoice has a tax of {tax}?", "哪张发票的税额是{tax}？"),
+        Asking(
+            "hóa đơn nào khách phải trả {total}?",
+            "on which invoice does the customer have to pay {total}?",
+            "哪张发票上客户要付{total}？",
+        ),
+    ),
+    "receipt": (
+        Asking("phiếu tính tiền ở {shop}", "the till slip from {shop}", "{shop}的小票"),
+        Asking(
+            "hôm trước tôi trả {total} ở {shop}, cần lại biên lai",
+            "I paid {total} at {shop} the other day and need the receipt again",
+            "前几天我在{shop}付了{total}，需要那张收据",
+        ),
+        Asking(
+            "biên lai có {first} và {second}, trả hết {total}",
+            "the receipt with {first} and {second}, {total} paid",
+            "有{first}和{second}、一共付了{total}的收据",
+        ),
+        Asking(
+            "biên lai nào ghi số tiền phải trả là {total}?",
+            "which receipt says that {total} is to be paid?",
+            "哪张收据写着应付{total}？",
+        ),
+    ),
+    "form": (
+        Asking("tờ đơn do {name} điền", "the form filled in by {name}", "{name}填的表"),
+        Asking(
+            "đơn nào ghi số điện thoại {phone}?",
+            "which form gives the phone number {phone}?",
+            "哪份表上写的电话是{phone}？",
+        ),
+        Asking(
+            "đơn nào ghi ngày sinh {birthday}?",
+            "which form gives the date of birth {birthday}?",
+            "哪份表上写的出生日期是{birthday}？",
+        ),
+        Asking(
+            "cần tìm phiếu đăng ký có tên {name}, số liên lạc {phone}",
+            "looking for the registration with the name {name} and the contact number {phone}",
+            "要找姓名为{name}、联系电话为{phone}的登记表",
+        ),
+        Asking(
+            "người đăng ký tên là {name}, ngày sinh {birthday}, tìm giúp tờ đơn",
+            "the applicant is called {name}, date of birth {birthday}, please find the form",
+            "登记人叫{name}，出生日期{birthday}，请找一下这份表",
+        ),
+    ),
+    "plate": (
+        Asking("tìm ảnh chiếc xe {plate}", "find the picture of the vehicle {plate}", "找{plate}那辆车的照片"),
+        Asking("xe nào mang biển {plate}?", "which vehicle bears the plate {plate}?", "哪辆车挂的是{plate}的牌照？"),
+        Asking("xe đeo biển {paint} {plate}", "the vehicle with the {paint} plate {plate}", "挂{paint}牌的车{plate}"),
+    ),
+    "contract": (
+        Asking(
+            "{party_b} ký hợp đồng {kind} với bên nào?",
+            "with which party did {party_b} sign a {kind} contract?",
+            "{party_b}跟哪一方签了{kind}合同？",
+        ),
+        Asking(
+            "văn bản {party_a} ký với {party_b}",
+            "the document that {party_a} signed with {party_b}",
+            "{party_a}跟{party_b}签的文件",
+        ),
+        Asking(
+            "hợp đồng {kind} có hiệu lực từ {start}",
+            "the {kind} contract in force from {start}",
+            "自{start}起生效的{kind}合同",
+        ),
+        Asking(
+            "hợp đồng nào có giá trị {value}?", "which contract has a value of {value}?", "哪份合同的金额是{value}？"
+        ),
+        Asking(
+            "hợp đồng {kind} của {party_a}, số tiền {value}",
+            "the {kind} contract of {party_a} for {value}",
+            "{party_a}的{kind}合同，金额{value}",
+        ),
+    ),
+}
+"""Kind of page -> the ways of asking for one."""
+
+_TRANSLATED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "kind": {
+        "thuê nhà": {ENGLISH: "house rental", CHINESE: "房屋租赁"},
+        "mua bán": {ENGLISH: "sales", CHINESE: "买卖"},
+        "dịch vụ": {ENGLISH: "service", CHINESE: "服务"},
+        "vận chuyển": {ENGLISH: "transport", CHINESE: "运输"},
+        "xây dựng": {ENGLISH: "construction", CHINESE: "建筑"},
     },
-    "receipt": {
-        VIETNAMESE: "biên lai của cửa hàng {shop}, tổng {total}",
-        ENGLISH: "receipt of the shop {shop}, {total} in total",
-        CHINESE: "商店{shop}的收据，总计{total}",
-    },
-    "form": {
-        VIETNAMESE: "đơn đăng ký của {name}, sinh ngày {birthday}",
-        ENGLISH: "registration form of {name}, born on {birthday}",
-        CHINESE: "{name}的登记表，出生日期{birthday}",
-    },
-    "plate": {
-        VIETNAMESE: "ảnh chụp biển số xe {plate}",
-        ENGLISH: "picture of the number plate {plate}",
-        CHINESE: "车牌号{plate}的照片",
-    },
-    "contract": {
-        VIETNAMESE: "hợp đồng {kind} giữa {party_a} và {party_b}, trị giá {value}",
-        ENGLISH: "{kind} contract between {party_a} and {party_b}, worth {value}",
-        CHINESE: "{party_a}与{party_b}之间的{kind}合同，价值{value}",
+    "paint": {
+        "white": {VIETNAMESE: "trắng", ENGLISH: "white", CHINESE: "白"},
+        "blue": {VIETNAMESE: "xanh", ENGLISH: "blue", CHINESE: "蓝"},
+        "yellow": {VIETNAMESE: "vàng", ENGLISH: "yellow", CHINESE: "黄"},
     },
 }
-_KINDS: Mapping[str, Mapping[str, str]] = {
-    "thuê nhà": {ENGLISH: "house rental", CHINESE: "房屋租赁"},
-    "mua bán": {ENGLISH: "sale", CHINESE: "买卖"},
-    "dịch vụ": {ENGLISH: "service", CHINESE: "服务"},
-    "vận chuyển": {ENGLISH: "transport", CHINESE: "运输"},
-    "xây dựng": {ENGLISH: "construction", CHINESE: "建筑"},
-}
-"""Kinds of contracts, the one value of a page that a query translates."""
-
-_SHARE_OF_ERRORS = 0.3
-_WORD = re.compile(r"\b[^\W\d_]{3,}\b")
-"""Three letters or more, with no digit next to them."""
+"""Field -> value -> language -> word, of the fields that are words of the question: all others stay as on the page."""
 
 
-def write_query(page: Page, kind: str, rng: random.Random) -> str:
-    """The query for a page in one of the five ways.
+def clear_askings(pages: Sequence[Page]) -> list[list[Asking]]:
+    """For each page, the ways of asking that mean it and no other of the pages, which are of one kind.
+
+    Values that differ in nothing but diacritics or case count as equal, as one way of writing leaves those out.
+    """
+    clear: list[list[Asking]] = [[] for _ in pages]
+    for asking in ASKINGS[pages[0].domain]:
+        named = [tuple(strip_diacritics(page.values[name]).lower() for name in asking.fields) for page in pages]
+        often = Counter(named)
+        for place, values in enumerate(named):
+            if often[values] == 1:
+                clear[place].append(asking)
+    return clear
+
+
+def write_query(page: Page, asking: Asking, kind: str, rng: random.Random) -> str:
+    """The query for a page in one of the five ways of writing.
 
     Raises:
         ValueError: If there is no such way.
     """
     if kind not in WAYS:
         raise ValueError(f"Unknown kind of query: {kind!r}; allowed are {list(WAYS)}.")
-    return WAYS[kind](page, rng)
+    return WAYS[kind](page, asking, rng)
 
 
-def strip_diacritics(text: str) -> str:
-    """Vietnamese as it is typed without a Vietnamese keyboard.
-
-    >>> strip_diacritics("Đơn đăng ký của Nguyễn Thúy, 1.250.000 đ")
-    'Don dang ky cua Nguyen Thuy, 1.250.000 d'
-    """
-    letters = unicodedata.normalize("NFD", text.replace("đ", "d").replace("Đ", "D"))
-    return "".join(letter for letter in letters if not unicodedata.combining(letter))
-
-
-def add_typing_errors(text: str, rng: random.Random) -> str:
-    """Damage about a third of the words of three letters or more, at least one, punctuation around them or not.
-
-    Short words stay, and so do digits and the letters next to them: a wrong number would ask for another document.
-    """
-    words = list(_WORD.finditer(text))
-    chosen = rng.sample(words, min(len(words), max(1, round(_SHARE_OF_ERRORS * len(words)))))
-    for word in sorted(chosen, key=re.Match.start, reverse=True):  # from the end, so that earlier places stay right
-        text = text[: word.start()] + _damage(word.group(), rng) + text[word.end() :]
-    return text
-
-
-def _damage(word: str, rng: random.Random) -> str:
-    """One slip of the fingers: a letter left out, typed twice, or two letters exchanged; the first one stays."""
-    at = rng.randrange(1, len(word))
-    slips = [word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:]]
-    if at + 1 < len(word) and word[at] != word[at + 1]:
-        slips.append(word[:at] + word[at + 1] + word[at] + word[at + 2 :])
-    return rng.choice(slips)
-
-
-def _in_language(language: str) -> Callable[[Page, random.Random], str]:
-    def write(page: Page, rng: random.Random) -> str:
-        values = dict(page.values)
-        if page.domain == "contract":
-            values["kind"] = _KINDS[values["kind"]].get(language, values["kind"])
-        return _TEMPLATES[page.domain][language].format(**values)
-
-    return write
-
-
-_vietnamese = _in_language(VIETNAMESE)
-
-WAYS: Mapping[str, Callable[[Page, random.Random], str]] = {
-    VIETNAMESE: _vietnamese,
-    PLAIN: lambda page, rng: strip_diacritics(_vietnamese(page, rng)),
-    TYPOS: lambda page, rng: add_typing_errors(_vietnamese(page, rng), rng),
-    ENGLISH: _in_language(ENGLISH),
-    CHINESE: _in_language(CHINESE),
+WAYS: Mapping[str, Callable[[Page, Asking, random.Random], str]] = {
+    VIETNAMESE: lambda page, asking, rng: asking.ask(page, VIETNAMESE),
+    PLAIN: lambda page, asking, rng: strip_diacritics(asking.ask(page, VIETNAMESE)),
+    TYPOS: lambda page, asking, rng: add_typing_errors(asking.ask(page, VIETNAMESE), rng),
+    ENGLISH: lambda page, asking, rng: asking.ask(page, ENGLISH),
+    CHINESE: lambda page, asking, rng: asking.ask(page, CHINESE),
 }
 """Way of writing -> what writes a page's query so."""

@@ -42,14 +42,20 @@ class Scores:
     Attributes:
         scores: Every task's parts, in order.
         folder: Where `mteb` wrote each task's results, one JSON file a task.
+        weights: Hash of the model's weights, as in its :class:`~sentence_vipyloqwen.fingerprint.Fingerprint`.
+        revision: Hash of all that decides its scores.
     """
 
     scores: list[Score]
     folder: Path
+    weights: str
+    revision: str
 
     def to_json(self) -> str:
-        """Every score, as a list of ``{"task", "split", "subset", "metric", "value"}``."""
-        return json.dumps([dataclasses.asdict(score) for score in self.scores], ensure_ascii=False, indent=1)
+        """``weights``, ``revision`` and ``scores``: each ``{"task", "split", "subset", "metric", "value"}``."""
+        scores = [dataclasses.asdict(score) for score in self.scores]
+        told = {"weights": self.weights, "revision": self.revision, "scores": scores}
+        return json.dumps(told, ensure_ascii=False, indent=1)
 
 
 def run(
@@ -95,7 +101,7 @@ def run(
             for part in parts
         ]
     folder = cache.get_task_result_path(tasks[0].metadata.name, encoder.mteb_model_meta).parent
-    return Scores(scores, folder)
+    return Scores(scores, folder, encoder.fingerprint.weights, encoder.mteb_model_meta.revision)
 
 
 def _is_current(cache: ResultCache, encoder: ViPyloQwenEncoder, task: AbsTask) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,32 @@ import numpy as np
 import pytest
 from mteb.abstasks import AbsTask
 from sentence_transformers import SentenceTransformer
+from sklearn.metrics import ndcg_score
 
 from sentence_vipyloqwen.demo import data
 from sentence_vipyloqwen.demo.data import DemoData, DemoSizes
+from sentence_vipyloqwen.demo.sources.documents import PAGE_SIZES, Page
 from sentence_vipyloqwen.mteb_tasks.offline import (
+    OFFLINE_TASKS,
     SPLIT,
     CLDRPairSTS,
     EasyVQARetrieval,
     VietnameseDocumentRetrieval,
 )
-from sentence_vipyloqwen.mteb_tasks.queries import PLAIN, TYPOS, VIETNAMESE, WAYS, strip_diacritics, write_query
+from sentence_vipyloqwen.mteb_tasks.queries import (
+    ASKINGS,
+    CHINESE,
+    ENGLISH,
+    PLAIN,
+    TYPOS,
+    VIETNAMESE,
+    WAYS,
+    Asking,
+    strip_diacritics,
+)
 from sentence_vipyloqwen.mteb_tasks.run import run
 
+HELD_OUT = DemoSizes().eval
 Known = Callable[[Callable[[str, Any], str]], SentenceTransformer]
 
 
@@ -55,10 +68,59 @@ def test_each_subset_asks_for_the_same_pages(documents: VietnameseDocumentRetrie
         split = documents.dataset[kind][SPLIT]
         assert len(split["corpus"]) == len(split["queries"]) == 5 * 8
         assert split["relevant_docs"] == documents.dataset[VIETNAMESE][SPLIT]["relevant_docs"]
-        assert all(f"query-{page}" == query for query, pages in split["relevant_docs"].items() for page in pages)
+        assert all(list(pages) == [query.removeprefix("query-")] for query, pages in split["relevant_docs"].items())
+        assert set(split["corpus"]["id"]) == {page for pages in split["relevant_docs"].values() for page in pages}
     queries = {kind: documents.dataset[kind][SPLIT]["queries"]["text"] for kind in WAYS}
     assert queries[PLAIN] == [strip_diacritics(text) for text in queries[VIETNAMESE]]
     assert len({text for texts in queries.values() for text in texts}) == 5 * 5 * 8
+
+
+def held_out_pages(data_seed: int = 0) -> dict[str, Page]:
+    """The pages of the demo's eval split, by the id that the task gives them."""
+    drawn = data._draw_split("eval", HELD_OUT, data_seed).pages.values()
+    places = (f"{domain}-{place:04d}" for domain in PAGE_SIZES for place in range(HELD_OUT.pages))
+    return dict(zip(places, drawn, strict=True))
+
+
+@pytest.fixture(scope="module")
+def every_page() -> VietnameseDocumentRetrieval:
+    task = VietnameseDocumentRetrieval(pages=HELD_OUT.pages)
+    task.load_data()
+    return task
+
+
+def asked(task: VietnameseDocumentRetrieval, language: str) -> dict[str, str]:
+    """Page -> the query that means it."""
+    return {page: text for text, page in answers(task, language).items()}
+
+
+def test_each_subset_asks_each_page_in_the_same_way_and_every_way_is_used(
+    every_page: VietnameseDocumentRetrieval,
+) -> None:
+    pages = held_out_pages()
+    ways: dict[str, dict[str, Asking]] = {}
+    for language in (VIETNAMESE, ENGLISH, CHINESE):
+        texts = asked(every_page, language)
+        assert set(texts) == set(pages)  # so no two queries are the same
+        ways[language] = {
+            of: asking
+            for of, page in pages.items()
+            for asking in ASKINGS[page.domain]
+            if asking.ask(page, language) == texts[of]
+        }
+        assert set(ways[language]) == set(pages)
+    assert ways[VIETNAMESE] == ways[ENGLISH] == ways[CHINESE]
+    for domain, askings in ASKINGS.items():
+        used = [asking for of, asking in ways[VIETNAMESE].items() if pages[of].domain == domain]
+        assert all(used.count(asking) >= HELD_OUT.pages / 10 for asking in askings)
+
+
+def test_no_query_is_a_caption_and_every_typed_one_has_an_error(every_page: VietnameseDocumentRetrieval) -> None:
+    captions = {page.caption for page in held_out_pages().values()}
+    plain, typed = asked(every_page, VIETNAMESE), asked(every_page, TYPOS)
+    assert captions.isdisjoint(plain.values())
+    assert all(plain[of] != typed[of] for of in plain)
+    assert len(set(typed.values())) == len(typed)
 
 
 def test_equal_seeds_give_equal_pages_and_others_do_not(documents: VietnameseDocumentRetrieval) -> None:
@@ -142,7 +204,7 @@ def records_of(path: Path, task: str) -> list[dict[str, Any]]:
 
 
 def test_graded_pairs_are_held_out_from_the_demo_s_training(demo: DemoData) -> None:
-    task = CLDRPairSTS(pairs=600)
+    task = CLDRPairSTS()
     task.load_data()
     rows = task.dataset[SPLIT]
     drawn = set(zip(rows["sentence1"], rows["sentence2"], rows["score"], strict=True))
@@ -151,12 +213,12 @@ def test_graded_pairs_are_held_out_from_the_demo_s_training(demo: DemoData) -> N
         for path in (demo.eval, demo.train)
     )
     assert drawn == held_out
-    assert len(held_out) == 600
+    assert len(held_out) == HELD_OUT.text_pairs
     assert len(trained) > 11_000
     texts = {text for first, second, _ in drawn for text in (first, second)}
     assert texts.isdisjoint(text for first, second, _ in trained for text in (first, second))
     assert texts.isdisjoint(record["positive"] for record in records_of(demo.train, "instr"))
-    fewer = CLDRPairSTS()
+    fewer = CLDRPairSTS(pairs=400)
     fewer.load_data()
     rows = fewer.dataset[SPLIT]
     sample = set(zip(rows["sentence1"], rows["sentence2"], rows["score"], strict=True))
@@ -164,30 +226,66 @@ def test_graded_pairs_are_held_out_from_the_demo_s_training(demo: DemoData) -> N
     assert sample < drawn
 
 
-def test_documents_are_held_out_from_the_demo_s_training(demo: DemoData) -> None:
-    task = VietnameseDocumentRetrieval(pages=60)
-    task.load_data()
-    pages = data._draw_split("eval", DemoSizes().eval, 0).pages.values()
+def test_documents_are_held_out_from_the_demo_s_training(
+    demo: DemoData, every_page: VietnameseDocumentRetrieval
+) -> None:
+    pages = held_out_pages()
     captions = [record["positive"] for record in records_of(demo.eval, "general") if record["domain"] == "document"]
-    assert captions == [page.caption for page in pages]  # so they are the pages of the file
-    asked = [write_query(page, VIETNAMESE, random.Random(0)) for page in pages]
-    assert task.dataset[VIETNAMESE][SPLIT]["queries"]["text"] == asked
+    assert captions == [page.caption for page in pages.values()]  # so they are the pages of the file
     trained = {record["positive"] for record in records_of(demo.train, "ocr") if record["domain"] != "line"}
     assert len(trained) > 1000
-    assert trained.isdisjoint(value for page in pages for value in page.keys)
+    recurring = {"kind", "paint", "first", "second"}
+    named = {domain: {name for asking in ASKINGS[domain] for name in asking.fields} - recurring for domain in ASKINGS}
+    assert all(named.values())
+    assert trained.isdisjoint(page.values[name] for page in pages.values() for name in named[page.domain])
+    assert trained.isdisjoint(value for page in pages.values() for value in page.keys)
+
+
+def test_fewer_pages_are_the_first_ones_look_the_same_and_are_asked_for_alike(
+    every_page: VietnameseDocumentRetrieval,
+) -> None:
     fewer = VietnameseDocumentRetrieval(pages=2)
     fewer.load_data()
-    first_two = [query for place, query in enumerate(asked) if place % 60 < 2]
-    assert fewer.dataset[VIETNAMESE][SPLIT]["queries"]["text"] == first_two
+    first_two = [place for place in range(5 * HELD_OUT.pages) if place % HELD_OUT.pages < 2]
+    for kind in WAYS:
+        few, every = (task.dataset[kind][SPLIT]["queries"] for task in (fewer, every_page))
+        assert few.to_list() == every.select(first_two).to_list()
+    few, every = (task.dataset[VIETNAMESE][SPLIT]["corpus"] for task in (fewer, every_page))
+    assert few["id"] == every.select(first_two)["id"]
+    assert list(map(pixels, few["image"])) == list(map(pixels, every.select(first_two)["image"]))
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 4, 5, 6, 40])
+def test_the_baseline_of_kinds_is_the_mean_over_every_place_of_the_page(pages: int) -> None:
+    scores = -np.arange(pages + 1)[None].repeat(pages, axis=0)  # and one page of another kind behind them
+    by_place = ndcg_score(np.eye(pages, pages + 1), scores, k=5)
+    assert VietnameseDocumentRetrieval(pages=pages).kind_baseline() == pytest.approx(by_place, abs=1e-12)
+
+
+def test_a_model_that_sees_kinds_alone_reaches_the_baseline_on_average() -> None:
+    task, rng = VietnameseDocumentRetrieval(pages=8), np.random.default_rng(0)
+    kinds = np.repeat(np.arange(5), 8)
+    same_kind = (kinds[:, None] == kinds).astype(float)
+    drawn = [ndcg_score(np.eye(40), same_kind + rng.uniform(0, 0.5, (40, 40)), k=5) for _ in range(400)]
+    assert task.kind_baseline() == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / len(drawn) ** 0.5)
+
+
+def test_licences_and_sources_are_told() -> None:
+    told = {name: (task.metadata.license, task.metadata.reference) for name, task in OFFLINE_TASKS.items()}
+    assert told == {
+        "VietnameseDocumentRetrieval": ("apache-2.0", None),  # ours, made here
+        "EasyVQARetrieval": ("mit", "https://github.com/vzhou842/easy-VQA"),
+        "CLDRPairSTS": ("https://www.unicode.org/license.txt", "https://cldr.unicode.org/"),
+    }
 
 
 @pytest.mark.parametrize(
-    ("task", "sizes"), [(CLDRPairSTS, {"pairs": 601}), (VietnameseDocumentRetrieval, {"pages": 61})]
+    ("task", "size", "held_out"),
+    [(CLDRPairSTS, "pairs", HELD_OUT.text_pairs), (VietnameseDocumentRetrieval, "pages", HELD_OUT.pages)],
 )
-def test_no_more_can_be_had_than_is_held_out(task: type[AbsTask], sizes: dict[str, int]) -> None:
-    (size,) = sizes.values()
-    with pytest.raises(ValueError, match=f"= {size}: allowed is 1 to {size - 1}"):
-        task(**sizes)
+def test_no_more_can_be_had_than_is_held_out(task: type[AbsTask], size: str, held_out: int) -> None:
+    with pytest.raises(ValueError, match=f"{size} = {held_out + 1}: allowed is 1 to {held_out}"):
+        task(**{size: held_out + 1})
 
 
 def test_graded_pairs_are_those_of_the_demo_s_kind() -> None:

@@ -19,6 +19,8 @@ from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen import ViPyloQwen, cli, files
 from sentence_vipyloqwen.cli import benchmarking
+from sentence_vipyloqwen.cli.shared import WIDTH_OF_A_PIPE
+from sentence_vipyloqwen.fingerprint import fingerprint
 from sentence_vipyloqwen.mteb_tasks import encoder
 from sentence_vipyloqwen.mteb_tasks.encoder import ViPyloQwenEncoder, revision_of, task_prompts
 from sentence_vipyloqwen.mteb_tasks.offline import (
@@ -249,7 +251,9 @@ def test_every_split_has_its_score(model: ViPyloQwen, tmp_path: Path) -> None:
         ("CLDRPairSTS", "test"),
     ]
     assert scores.scores[0].value != scores.scores[1].value
-    told = json.loads(scores.to_json())
+    written = json.loads(scores.to_json())
+    assert (written["weights"], written["revision"]) == (fingerprint(model).weights, revision_of(model))
+    told = written["scores"]
     assert [list(score) for score in told] == [["task", "split", "subset", "metric", "value"]] * 3
     assert [score["value"] for score in told] == [score.value for score in scores.scores]
 
@@ -302,7 +306,7 @@ def test_the_command_writes_results(
     assert "no_diacritics" in told
     assert "cosine_spearman" in told
     assert str(file.parent) in told
-    scores = json.loads(table.read_text(encoding="utf-8"))
+    scores = json.loads(table.read_text(encoding="utf-8"))["scores"]
     assert [score["subset"] for score in scores] == [*WAYS, "default", "default"]
     assert [score["task"] for score in scores[len(WAYS) :]] == ["EasyVQARetrieval", "CLDRPairSTS"]
     assert {score["split"] for score in scores} == {"test"}
@@ -324,7 +328,7 @@ def test_the_table_is_written_before_it_is_shown(
     places = ("--output", str(tmp_path / "results"), "--json", str(table), "--task", "CLDRPairSTS")
     assert call(monkeypatch, str(folder), *places) == 1
     assert "the screen is gone" in capsys.readouterr().err
-    assert [score["task"] for score in json.loads(table.read_text(encoding="utf-8"))] == ["CLDRPairSTS"]
+    assert [score["task"] for score in json.loads(table.read_text(encoding="utf-8"))["scores"]] == ["CLDRPairSTS"]
 
 
 def test_a_table_that_was_there_stays_whole_if_it_cannot_be_written(
@@ -356,15 +360,19 @@ def test_a_place_for_the_table_that_cannot_be_is_refused_before_the_work(
 
 def test_the_command_lists_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--list") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == list(SUITES)
-    assert lines[0] == "offline: VietnameseDocumentRetrieval, EasyVQARetrieval, CLDRPairSTS"
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= WIDTH_OF_A_PIPE
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
+    rows = {suite: (count, network) for suite, count, network, _ in cells if suite}
+    assert rows == {suite: (str(size), "no" if suite == "offline" else "yes") for suite, size in SIZES.items()}
+    names = " ".join(cell for *_, cell in cells).replace(",", "").split()
+    assert names == [task.metadata.name for suite in SUITES for task in find_tasks([suite])]
 
 
 def test_the_command_needs_a_model_and_known_tasks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     assert call(monkeypatch) == 1
-    assert "needs a model" in capsys.readouterr().err
+    assert "No model came; allowed are the folder of a finished model, a Hub id, or --list." in capsys.readouterr().err
     assert call(monkeypatch, str(folder), "--task", "nothing") == 1
     assert "Unknown task 'nothing'" in capsys.readouterr().err
