@@ -15,11 +15,13 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.util import load_file_path
@@ -30,7 +32,7 @@ from sentence_vipyloqwen.losses import PrefixRoutedLoss
 from sentence_vipyloqwen.modules import AttentionPooling
 from sentence_vipyloqwen.modules.backbones import BACKBONES
 from sentence_vipyloqwen.pages import load_markdown
-from sentence_vipyloqwen.tasks import ALL_TASKS, Task
+from sentence_vipyloqwen.tasks import ALL_TASKS, TRIPLET, Task
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,24 @@ TAGS = ("multimodal", "vipyloqwen")
 """Beside those of every dense Sentence Transformers model, and the architecture."""
 
 LANGUAGES = ("vi", "en", "zh")
+"""What these models are made for; it stands in the metadata until records say which languages were measured."""
+
+LOSS_WORDS: Mapping[str, Mapping[str, str]] = {
+    "negatives": {
+        "same_task": "the rows of one task are each other's negatives",
+        "all": "all rows, whatever their tasks, are each other's negatives",
+    },
+    "pair_weight": {
+        "score": "`info_nce` weighs a scored pair by its score",
+        "uniform": "`info_nce` weighs every scored pair alike, whatever its score",
+    },
+    "triplet_scale": {
+        "cosine": "margins are in units of cosine",
+        "temperature": "margins are in units of cosine divided by the temperature",
+    },
+}
+"""Option of the loss -> its value -> what that says."""
+
 EXAMPLE: Mapping[str, Any] = {
     "source_sentence": "hóa đơn tiền điện",
     "sentences": ["electricity bill", "a red circle", "电费账单"],
@@ -105,6 +125,8 @@ BASE_CITATIONS: Mapping[str, str] = {
 """Type of a base, as its configuration has it -> BibTeX of its technical report."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LANGUAGE = re.compile(r"([a-z]{2,3})(-[A-Z][a-z]{3})?(-[A-Z]{2})?")
+"""An ISO 639 code, which the metadata take, with or without a script and a region, which they do not."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +137,10 @@ class Figure:
         task: The task's name.
         metric: The metric's name.
         queries: How many queries (for text_pair: pairs) it is the mean over.
-        before: Of the untrained model; ``None`` where it was not measured.
+        before: Of the untrained model; ``None`` where it was not measured, or is undefined.
         after: Of the trained model; ``None`` where it is undefined.
+        candidates: How many candidates a query is ranked among; 0 for text_pair, which ranks none.
+        language: The language of the queries, as their records have it; empty for all of the task's queries.
     """
 
     task: str
@@ -124,6 +148,8 @@ class Figure:
     queries: int
     before: float | None
     after: float | None
+    candidates: int = 0
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +172,9 @@ class TrainingNotes:
     Attributes:
         recipe: Its settings as YAML; of paths the names alone, as the rest is nobody's business.
         figures: What each task reached.
+        by_language: What each task reached in each language that its records name.
+        evaluator: What measured that; none without held-out records.
+        evaluated: The file name of the held-out records.
         sampling: How batches were drawn, in a few words of Markdown.
         mix: The shares that were in force, phase by phase; none where they followed from the rows.
     """
@@ -154,6 +183,14 @@ class TrainingNotes:
     figures: Sequence[Figure] = ()
     sampling: str = ""
     mix: Sequence[MixPhase] = ()
+    by_language: Sequence[Figure] = ()
+    evaluator: BaseEvaluator | None = None
+    evaluated: str = ""
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages that were measured, each once, as their records have them."""
+        return list(dict.fromkeys(figure.language for figure in self.by_language))
 
 
 @dataclass
@@ -161,8 +198,8 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
     """``SentenceTransformerModelCardData`` with the sections and metadata of this package's models.
 
     Takes the same arguments. Base model and licence, where not given, come from the checkpoint that a model began with:
-    its id on the Hub, and what its own card says. So do the languages of an embedder that was made elsewhere; those of
-    others are by default :data:`LANGUAGES`.
+    its id on the Hub, and what its own card says. So do the languages of an embedder that was made elsewhere. The
+    languages of others are those that the held-out records of a run name, and :data:`LANGUAGES` where none are named.
     """
 
     language: str | list[str] | None = None
@@ -175,12 +212,12 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
     notes: TrainingNotes | None = field(default=None, init=False, repr=False)
     loss_config: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
     curves: str = field(default="", init=False, repr=False)
-    _languages_unsaid: bool = field(default=False, init=False, repr=False)
+    _languages_assumed: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """See ``SentenceTransformerModelCardData``."""
-        self._languages_unsaid = self.language is None
-        if self._languages_unsaid:
+        self._languages_assumed = self.language is None
+        if self._languages_assumed:
             self.language = list(LANGUAGES)
         super().__post_init__()
 
@@ -189,8 +226,8 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
         super().register_model(model)
         self.add_tags(model.transformers_model.config.model_type)
         self.citations |= self._own_citations()
-        if self._languages_unsaid and not model.task_token_ids:
-            self.language = []
+        if self._languages_assumed and not model.task_token_ids:
+            self.language, self._languages_assumed = [], False
 
     def _own_citations(self) -> dict[str, str]:
         """Title -> BibTeX of the base and, of what this package made, the method."""
@@ -207,12 +244,46 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
         self.notes, self.curves = None, ""
         self.loss_config = next((loss.get_config_dict() for loss in losses if isinstance(loss, PrefixRoutedLoss)), None)
 
+    def set_notes(self, notes: TrainingNotes) -> None:
+        """Take what a run left to tell. The languages that it measured stand in for those that nobody has said."""
+        self.notes = notes
+        codes = [code[1] for language in notes.languages if (code := _LANGUAGE.fullmatch(language))]
+        if codes and (self._languages_assumed or not self.language):
+            self.language = list(dict.fromkeys(codes))
+
     def set_evaluation_metrics(
         self, evaluator: BaseEvaluator, metrics: dict[str, Any], epoch: int = 0, step: int = 0
     ) -> None:
         """See ``SentenceTransformerModelCardData``; what is undefined (NaN) is left out, as metadata cannot hold it."""
         defined = {name: value for name, value in metrics.items() if not math.isnan(value)}
         super().set_evaluation_metrics(evaluator, defined, epoch, step)
+
+    def format_eval_metrics(self) -> dict[str, Any]:
+        """See ``SentenceTransformerModelCardData``; of what a run measured, the metadata bear headlines and their mean.
+
+        They name the file of the held-out records. The card's own tables keep all figures.
+        """
+        formatted = super().format_eval_metrics()
+        own = self.notes.evaluator if self.notes else None
+        if own is None:
+            return formatted
+        headlines = {own.primary_metric, *(f"{figure.task}_{figure.metric}" for figure in self.notes.figures)}
+        minor = self.eval_results_dict[own].keys() - headlines
+        name, results = model_index_to_eval_results(formatted["model-index"])
+        index = [of for of in results if of.task_name != own.description]
+        index += [
+            replace(of, dataset_name=self.notes.evaluated)
+            for of in results
+            if of.task_name == own.description and of.metric_type in headlines
+        ]
+        metrics = [metric for metric in formatted["metrics"] if metric not in minor]
+        return {**formatted, "metrics": metrics, "model-index": eval_results_to_model_index(name, index)}
+
+    def get_default_model_name(self) -> str:
+        """See ``SentenceTransformerModelCardData``; a base that has no id is called what its kind is called."""
+        name = super().get_default_model_name()
+        kind = BACKBONES[self.model.transformers_model.config.model_type].name
+        return name if self.base_model else f"{name} based on {kind}"
 
     def extract_dataset_metadata(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """See ``SentenceTransformerModelCardData``; without sample rows, which would publish texts and paths."""
@@ -235,7 +306,7 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
     def to_dict(self) -> dict[str, Any]:
         """See ``SentenceTransformerModelCardData``; without what only serves to make the card."""
         values = super().to_dict()
-        for key in ("notes", "loss_config", "curves", "_languages_unsaid"):
+        for key in ("notes", "loss_config", "curves", "_languages_assumed"):
             values.pop(key)
         return values
 
@@ -257,6 +328,7 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
             rows=[(of.get("name") or "unnamed", of["size"]) for of in self.train_datasets if of.get("size")],
             mix=_mix_rows(self.notes.mix) if self.notes else [],
             loss=self.loss_config,
+            loss_words=[words[self.loss_config[option]] for option, words in LOSS_WORDS.items() if self.loss_config],
             notes=self.notes,
             curves=CURVES_FILE if self.curves else "",
             license=self.license,
@@ -284,7 +356,7 @@ class ViPyloQwenModelCardData(SentenceTransformerModelCardData):
         try:
             path = load_file_path(source, CURVES_FILE, **hub)
             self.curves = Path(path).read_text(encoding="utf-8") if path else self.curves
-        except Exception as error:  # whatever the network or the picture: no model needs it
+        except (OSError, HTTPError, UnicodeDecodeError) as error:  # disk, Hub, network, picture: no model needs it
             logger.warning("%s of %r was not had, and the model loads without: %r", CURVES_FILE, source, error)
 
 
@@ -294,8 +366,10 @@ def _limit(tokens: int | None) -> int | None:
 
 
 def _task_row(task: Task, loss: Mapping[str, Any] | None) -> dict[str, str]:
-    weights = loss["weights"][task.name] if loss else task.weights
-    margin = loss["margins"].get(task.name) if loss else task.margin
+    """A task's prefix and loss; a term of weight 0 takes no part."""
+    terms = loss["weights"][task.name] if loss else task.weights
+    weights = {term: weight for term, weight in terms.items() if weight}
+    margin = (loss["margins"].get(task.name) if loss else task.margin) if TRIPLET in weights else None
     return {
         "name": task.name,
         "prefix": f"`{task.token}`" if task.token else "none",

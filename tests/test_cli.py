@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sentence_vipyloqwen import VectorIndex, ViPyloQwen, cli
+from sentence_vipyloqwen.cli import shared
 from sentence_vipyloqwen.train.recipe import Recipe
 
 
@@ -55,7 +56,11 @@ def test_an_error_is_a_line_and_an_exit_code(
         (["train", "--set", "epochs"], "--set 'epochs': write it as KEY=VALUE"),
         (["train", "--set", "margins={ocr"], "--set 'margins={ocr': the value is not YAML"),
         (["evaluate", base, "x.jsonl", "--device", "bogus"], "--device 'bogus': allowed are cpu, cuda"),
-        (["train", "--base", "b"], "The recipe lacks ['train', 'output']"),
+        (
+            ["train", "--base", "b"],
+            "The recipe lacks ['train', 'output']: write them in the file, or give --train, --output",
+        ),
+        (["validate", "no.jsonl"], "Error: no.jsonl: No such file or directory"),
         (["train", "--recipe", tmp_path / "no.yaml"], "No recipe"),
         (["validate", tmp_path / "no.jsonl"], "No such file"),
     ):
@@ -63,6 +68,32 @@ def test_an_error_is_a_line_and_an_exit_code(
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("place", ["/no/model", "./model", "../model", "~/model", "run/of/model", "model/"])
+@pytest.mark.parametrize("command", [["mteb"], ["mine"], ["evaluate"], ["index", "build"]])
+def test_a_folder_that_is_not_there_is_no_matter_for_the_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sentence_transformers.util.file_io.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    more = {"mteb": [], "mine": ["rows.jsonl", "out.jsonl"], "evaluate": ["rows.jsonl"], "index": ["rows.jsonl", "out"]}
+    assert run(monkeypatch, *command, place, *more[command[0]]) == 1
+    assert capsys.readouterr().err == (
+        f"Error: There is no folder {place!r}; allowed are the folder of a finished model, or a Hub id such as "
+        "owner/name.\n"
+    )
+
+
+def test_what_may_be_a_hub_id_is_left_to_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(shared, "_is_stock", lambda path: asked.append(path))
+    monkeypatch.setattr("sentence_vipyloqwen.ViPyloQwen", lambda path, device: path)
+    for place in ("model", "owner/model", str(folder), f"{folder}/"):
+        assert shared.load_any(place, None) == place
+    assert asked == ["model", "owner/model", str(folder), f"{folder}/"]
 
 
 def test_the_page_needs_an_extra_and_is_for_this_computer(

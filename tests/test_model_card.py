@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from PIL import Image
 from sentence_transformers import (
     SentenceTransformer,
@@ -19,20 +21,25 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from sentence_vipyloqwen import PrefixRoutedLoss, ViPyloQwen
 from sentence_vipyloqwen.demo.base_model import make_tiny_base
+from sentence_vipyloqwen.losses.prefix_routed import Negatives, PairWeight, TripletScale
 from sentence_vipyloqwen.model_card import (
     BASE_CITATIONS,
     CITATIONS,
     CURVES_FILE,
+    LOSS_WORDS,
     Figure,
     MixPhase,
     TrainingNotes,
 )
 from sentence_vipyloqwen.modules.backbones import BACKBONES
 from sentence_vipyloqwen.tasks import TASK_TOKENS, TASKS
+from sentence_vipyloqwen.train.evaluation import TasksEvaluator
+from sentence_vipyloqwen.train.records import parse_record
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_stand_in import HubStandIn, find_problems
@@ -181,6 +188,39 @@ def test_base_and_licence_are_those_of_the_checkpoint_s_card(base: Path, tmp_pat
     assert "The weights are under `mit`" in card.text
 
 
+@pytest.mark.parametrize(
+    ("named", "known"),
+    [
+        ([], ["vi", "en", "zh"]),  # nothing else is known
+        (["en", "zh"], ["en", "zh"]),
+        (["vi-VN", "en", "vi", "zh-Hans"], ["vi", "en", "zh"]),
+        (["Vietnamese", "vi|en", "vi-en"], ["vi", "en", "zh"]),  # no codes: the Hub would refuse them
+    ],
+)
+def test_the_languages_are_those_that_were_measured(
+    named: list[str], known: list[str], model: ViPyloQwen, tmp_path: Path
+) -> None:
+    figures = [Figure(task, "ndcg@10", 1, None, 1, 9, language) for task in ("ocr", "instr") for language in named]
+    model.model_card_data.set_notes(TrainingNotes("", by_language=figures))
+    card = save(model, tmp_path / "saved")
+    assert card.data.language == known
+    measured = f"- Measured languages: {', '.join(named)}. How it does in others is not known here.\n"
+    assert (measured in card.text) == bool(named)
+    assert ("Vietnamese, English and Chinese" in card.text) == (not named)
+    assert ("### Metrics by Language" in card.text) == bool(named)
+    assert find_problems((tmp_path / "saved" / "README.md").read_text(encoding="utf-8")) == []
+
+
+def test_what_was_measured_takes_no_language_away_that_is_given(folder: Path, elsewhere: Path, tmp_path: Path) -> None:
+    notes = TrainingNotes("", by_language=[Figure("ocr", "ndcg@10", 1, None, 1, 9, "vi")])
+    for source, given, known in ((folder, ["fr"], ["fr"]), (elsewhere, ["fr"], ["fr"]), (elsewhere, None, ["vi"])):
+        own = ViPyloQwen.model_card_data_class(language=given)
+        model = ViPyloQwen(source, device="cpu", model_card_data=own)
+        model.model_card_data.set_notes(notes)
+        model.model_card_data.register_model(model)
+        assert save(model, tmp_path / "saved").data.language == known
+
+
 def test_an_unknown_licence_is_not_made_up(base: Path, tmp_path: Path) -> None:
     card = save(ViPyloQwen.create(base, 16, device="cpu"), tmp_path / "saved")
     assert card.data.license is None
@@ -189,25 +229,117 @@ def test_an_unknown_licence_is_not_made_up(base: Path, tmp_path: Path) -> None:
 
 
 def test_weights_and_margins_are_those_of_the_loss(model: ViPyloQwen, tmp_path: Path) -> None:
-    loss = PrefixRoutedLoss(model, temperature=0.05, weights={"ocr": {"triplet": 2}}, margins={"ocr": 0.4})
+    loss = PrefixRoutedLoss(
+        model, temperature=0.05, weights={"ocr": {"triplet": 2}, "vqa_single": {"triplet": 0}}, margins={"ocr": 0.4}
+    )
     model.model_card_data.set_losses([loss])
     card = save(model, tmp_path / "saved")
     assert "| ocr | `<ocr>` | the query | 1 · info_nce + 2 · triplet | 0.4 |" in card.text
+    assert "| vqa_single | `<vqa_single>` | the query | 1 · info_nce |  |" in card.text
     assert "InfoNCE at temperature 0.05" in card.text
+    assert (
+        "\n\nIn this training, the rows of one task are each other's negatives; `info_nce` weighs a scored pair by its "
+        "score; margins are in units of cosine.\n"
+    ) in card.text
     assert "Representation Learning with Contrastive Predictive Coding" in card.text
     assert "loss:PrefixRoutedLoss" in card.data.tags
 
 
+def test_options_of_the_loss_are_told_in_words(model: ViPyloQwen, tmp_path: Path) -> None:
+    assert "In this training" not in save(model, tmp_path / "untrained").text
+    loss = PrefixRoutedLoss(model, negatives="all", pair_weight="uniform", triplet_scale="temperature")
+    model.model_card_data.set_losses([loss])
+    assert (
+        "\n\nIn this training, all rows, whatever their tasks, are each other's negatives; `info_nce` weighs every "
+        "scored pair alike, whatever its score; margins are in units of cosine divided by the temperature.\n"
+    ) in save(model, tmp_path / "trained").text
+
+
+def test_every_option_of_the_loss_has_its_words() -> None:
+    options = {"negatives": Negatives, "pair_weight": PairWeight, "triplet_scale": TripletScale}
+    assert {option: tuple(words) for option, words in LOSS_WORDS.items()} == {
+        option: get_args(allowed) for option, allowed in options.items()
+    }
+
+
+def test_the_speed_that_is_told_is_the_one_that_was_measured(model: ViPyloQwen, tmp_path: Path) -> None:
+    results = (Path(__file__).parents[1] / "benchmarks" / "results.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in results.partition("\n## ")[2].partition("\n## ")[0].splitlines()]
+    factors = {row[0].strip("| "): float(row[2].split()[0]) for row in rows if len(row) > 2 and row[1].isdigit()}
+    repeated = [factors.pop(name) for name in ("shared", "duplicates")]
+    text = " ".join(save(model, tmp_path / "saved").text.split())
+    for held, words in ((factors.values(), "texts and images"), (repeated, "and")):
+        assert f"{words} {min(held):.0f} to {max(held):.0f} times as fast" in text
+    assert "with stock Sentence Transformers" in text
+    assert "GPUs were not measured." in text
+
+
+@pytest.fixture
+def measured(model: ViPyloQwen) -> ViPyloQwen:
+    """A model with the figures of a run."""
+    evaluator = TasksEvaluator([parse_record(b'{"anchor": "a", "positive": "b"}', ".")])
+    values = {"tasks_mean": 0.75, "ocr_ndcg@10": 0.5, "ocr_mrr": 0.25, "dim8_tasks_mean": 0.1, "instr_ndcg@10": 1.0}
+    model.model_card_data.set_evaluation_metrics(evaluator, values)
+    figures = [Figure(task, "ndcg@10", 1, None, 1) for task in ("ocr", "instr")]
+    model.model_card_data.set_notes(TrainingNotes("", figures, evaluator=evaluator, evaluated="held-out_1.jsonl"))
+    return model
+
+
+def test_the_metadata_bear_the_headlines_and_name_their_data(measured: ViPyloQwen, tmp_path: Path) -> None:
+    card = save(measured, tmp_path / "saved")
+    results = [(of.dataset_name, of.metric_type, of.metric_value) for of in card.data.eval_results]
+    assert results == [
+        ("held-out_1.jsonl", "tasks_mean", 0.75),
+        ("held-out_1.jsonl", "ocr_ndcg@10", 0.5),
+        ("held-out_1.jsonl", "instr_ndcg@10", 1.0),
+    ]
+    assert card.data.metrics == ["tasks_mean", "ocr_ndcg@10", "instr_ndcg@10"]
+    assert re.search(r"\| ocr_mrr +\| 0.25 +\|", card.text)  # the card itself keeps all
+    assert re.search(r"\| dim8_tasks_mean +\| 0.1 +\|", card.text)
+
+
+def test_what_another_evaluator_measured_stays_in_the_metadata(measured: ViPyloQwen, tmp_path: Path) -> None:
+    other = EmbeddingSimilarityEvaluator(["a"], ["b"], [1.0], name="sts")
+    measured.model_card_data.set_evaluation_metrics(other, {"sts_pearson_cosine": 0.3, "sts_spearman_cosine": 0.2})
+    results = save(measured, tmp_path / "saved").data.eval_results
+    assert [(of.dataset_name, of.metric_type) for of in results if "cosine" in of.metric_type] == [
+        ("sts", "pearson_cosine"),
+        ("sts", "spearman_cosine"),
+    ]
+    assert len(results) == 5
+
+
+def test_the_figures_are_of_a_model_with_a_name(measured: ViPyloQwen, elsewhere: Path, tmp_path: Path) -> None:
+    card = save(measured, tmp_path / "saved")
+    assert card.data.model_name == "ViPyloQwen based on Qwen2-VL"
+    assert "\n# ViPyloQwen based on Qwen2-VL\n" in card.text
+    other = ViPyloQwen(elsewhere, device="cpu")
+    other.model_card_data.base_model = "someone/first"
+    text = save(other, tmp_path / "other").text
+    assert "\n# ViPyloQwen based on someone/first\n" in text
+
+
 def test_what_a_run_left_is_told_and_stays_with_the_folder(model: ViPyloQwen, tmp_path: Path) -> None:
     data = model.model_card_data
-    figures = [Figure("ocr", "ndcg@10", 1200, 0.25, 0.5), Figure("instr", "x", 1, None, 1)]
+    figures = [Figure("ocr", "ndcg@10", 1200, 0.25, 0.5, 3400), Figure("text_pair", "spearman", 1, None, 1)]
+    by_language = [
+        Figure("ocr", "ndcg@10", 700, 0.125, 0.75, 3400, "vi"),
+        Figure("ocr", "ndcg@10", 500, 0.5, None, 3400, "vi|en"),
+    ]
     mix = [MixPhase(0.25, {"text": 1}), MixPhase(1, {"text": 0.75, "multimodal": 0.25})]
-    data.notes = TrainingNotes("epochs: 3\n", figures, "By a curriculum.", mix)
+    data.set_notes(TrainingNotes("epochs: 3\n", figures, "By a curriculum.", mix, by_language))
     data.curves = "<svg/>"
     data.train_datasets = [{"name": "ocr", "size": 3000, "columns": ["a"], "loss": {"fullname": "x"}}]
     text = save(model, tmp_path / "first").text
-    assert "| ocr | ndcg@10 | 1,200 | 0.250 | 0.500 |" in text
-    assert "| instr | x | 1 |  | 1.000 |" in text
+    assert (
+        "\n\n| task | metric | queries | candidates | before | after |\n|:--|:--|--:|--:|--:|--:|\n"
+        "| ocr | ndcg@10 | 1,200 | 3,400 | 0.250 | 0.500 |\n| text_pair | spearman | 1 |  |  | 1.000 |\n\n"
+    ) in text
+    assert (
+        "\n\n| task | language | metric | queries | candidates | before | after |\n|:--|:--|:--|--:|--:|--:|--:|\n"
+        "| ocr | vi | ndcg@10 | 700 | 3,400 | 0.125 | 0.750 |\n"
+        "| ocr | vi\\|en | ndcg@10 | 500 | 3,400 | 0.500 |  |\n\n"
+    ) in text
     assert "| ocr | 3,000 | 100.0 % |" in text
     assert "\n\nBy a curriculum.\n\n| until, of the steps | text | multimodal |\n|--:|--:|--:|\n" in text
     assert "|--:|\n| 25 % | 100.0 % | 0.0 % |\n| 100 % | 75.0 % | 25.0 % |\n\n" in text
@@ -233,20 +365,42 @@ def test_a_new_training_takes_over_from_what_an_earlier_one_left(model: ViPyloQw
         assert not (tmp_path / "second" / CURVES_FILE).exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("too slow"),
+        PermissionError("not yours"),
+        HTTPError("the connection broke off"),  # of the client, and no OSError
+        OfflineModeIsEnabled("offline"),
+    ],
+)
 def test_a_picture_that_is_not_to_be_had_keeps_no_model_from_loading(
-    model: ViPyloQwen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception,
+    model: ViPyloQwen,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model.model_card_data.notes = TrainingNotes("epochs: 3\n")
     model.model_card_data.curves = "<svg/>"
     save(model, tmp_path / "saved")
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise TimeoutError("too slow")
+        raise error
 
     monkeypatch.setattr("sentence_vipyloqwen.model_card.load_file_path", fail)
     with caplog.at_level(logging.WARNING):
         assert ViPyloQwen(tmp_path / "saved", device="cpu").model_card_data.curves == ""
-    assert "TimeoutError('too slow')" in caplog.text
+    assert repr(error) in caplog.text
+
+
+def test_nor_does_one_that_is_no_text(model: ViPyloQwen, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model.model_card_data.set_notes(TrainingNotes("epochs: 3\n"))
+    model.model_card_data.curves = "<svg/>"
+    save(model, tmp_path / "saved")
+    (tmp_path / "saved" / CURVES_FILE).write_bytes(b"\xff")
+    assert ViPyloQwen(tmp_path / "saved", device="cpu").model_card_data.curves == ""
+    assert "UnicodeDecodeError" in caplog.text
 
 
 def test_a_picture_that_the_card_does_not_show_is_not_asked_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ from sentence_vipyloqwen.cli.shared import BatchSize, Device, load_any, make_scr
 from sentence_vipyloqwen.files import replacing
 
 if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
     from rich.table import Table
 
     from sentence_vipyloqwen.mteb_tasks.run import Score
@@ -52,11 +53,10 @@ def mteb(
     from sentence_vipyloqwen.mteb_tasks.suites import SUITES, find_tasks
 
     if list_:
-        for suite, tasks in SUITES.items():
-            typer.echo(f"{suite}: {', '.join(task.metadata.name for task in tasks())}")
+        make_screen().print(_table_of_lists({suite: tasks() for suite, tasks in SUITES.items()}))
         return
     if model is None:
-        raise ValueError("vipyloqwen mteb needs a model, a folder or Hub id, or --list.")
+        raise ValueError("No model came; allowed are the folder of a finished model, a Hub id, or --list.")
     found = find_tasks(task or ["offline"])
     if json:  # refused before the work, not after it
         if json.is_dir():
@@ -77,6 +77,22 @@ def mteb(
     screen = make_screen()
     screen.print(_table_of(scores.scores))
     screen.print(f"Results: {scores.folder}")
+
+
+def _table_of_lists(lists: Mapping[str, Sequence[AbsTask]]) -> Table:
+    """A row for each list of tasks; what has tasks of mteb alone downloads their data."""
+    from rich.table import Table
+
+    from sentence_vipyloqwen.mteb_tasks.offline import OFFLINE_TASKS
+
+    table = Table("list", "tasks", "network", "names of the tasks", show_lines=True)
+    table.columns[0].no_wrap = True
+    table.columns[1].justify = "right"
+    for suite, tasks in lists.items():
+        names = [task.metadata.name for task in tasks]
+        needs_network = "no" if OFFLINE_TASKS.keys() >= set(names) else "yes"
+        table.add_row(suite, str(len(names)), needs_network, ", ".join(names))
+    return table
 
 
 def _table_of(scores: Sequence[Score]) -> Table:

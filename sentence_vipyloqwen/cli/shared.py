@@ -57,9 +57,14 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one forward pass.
 
 
 def load(path: str, device: str | None) -> ViPyloQwen:
-    """A finished model of ours."""
+    """A finished model of ours.
+
+    Raises:
+        ValueError: If the path is that of a folder, and there is none.
+    """
     from sentence_vipyloqwen import ViPyloQwen
 
+    _check_folder(path)
     return ViPyloQwen(path, device=device)
 
 
@@ -72,10 +77,25 @@ def open_index(places: list[str], device: str | None) -> VectorIndex:
 
 
 def load_any(path: str, device: str | None) -> SentenceTransformer:
-    """A finished model: ours, or any other."""
+    """A finished model: ours, or any other.
+
+    Raises:
+        ValueError: If the path is that of a folder, and there is none.
+    """
     from sentence_transformers import SentenceTransformer
 
+    _check_folder(path)
     return SentenceTransformer(path, device=device) if _is_stock(path) else load(path, device)
+
+
+def _check_folder(path: str) -> None:
+    """Refuse what can only be a folder and is none, before the Hub is asked for it."""
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    looks_like_one = path.startswith((".", "~", *separators)) or path.endswith(separators) or path.count("/") > 1
+    if looks_like_one and not Path(path).is_dir():
+        raise ValueError(
+            f"There is no folder {path!r}; allowed are the folder of a finished model, or a Hub id such as owner/name."
+        )
 
 
 def _is_stock(path: str) -> bool:
@@ -103,8 +123,11 @@ def device_of_rank() -> str | None:
 
 
 def tell_error(error: Exception) -> None:
-    """What went wrong, in a line."""
-    Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+    """What went wrong, in a line; of the system's errors without their number."""
+    told = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.filename2 is None:
+        told = f"{error.filename}: {error.strerror}"
+    Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(told)}", soft_wrap=True)
 
 
 def make_screen() -> Console:

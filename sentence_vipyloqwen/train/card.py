@@ -12,7 +12,7 @@ from sentence_transformers.util import get_world_size
 
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.model_card import CARD_FILE, Figure, MixPhase, TrainingNotes, ViPyloQwenModelCardData
-from sentence_vipyloqwen.train.evaluation import Evaluation, TasksEvaluator
+from sentence_vipyloqwen.train.evaluation import Evaluation, GroupResult, TaskResult, TasksEvaluator
 from sentence_vipyloqwen.train.progress import LOG_FILE, read_log
 from sentence_vipyloqwen.train.recipe import BY_ROWS, Recipe
 from sentence_vipyloqwen.train.report import draw_curves
@@ -48,8 +48,17 @@ def write_model_card(
         steps = [entry["step"] for entry in read_log(Path(recipe.output) / LOG_FILE)]
         card.set_evaluation_metrics(evaluator, after.flat(), step=max(steps, default=0))
     mix = _mix(recipe, {split["name"]: split["size"] for split in card.train_datasets})
-    figures = _figures(before, after) if after else ()
-    card.notes = TrainingNotes(_publishable(recipe), figures, _sampling(recipe), mix)
+    card.set_notes(
+        TrainingNotes(
+            _publishable(recipe),
+            figures=_figures(before, after) if after else (),
+            sampling=_sampling(recipe),
+            mix=mix,
+            by_language=_figures_by_language(before, after) if after else (),
+            evaluator=evaluator if after else None,
+            evaluated=Path(recipe.eval).name if recipe.eval else "",
+        )
+    )
     card.curves = draw_curves(recipe.output)
     card.save_dir = str(folder)
     card.write_assets(folder)
@@ -58,16 +67,26 @@ def write_model_card(
 
 def _figures(before: Evaluation | None, after: Evaluation) -> list[Figure]:
     earlier = before.tasks if before else {}
+    return [_figure(task, result, earlier.get(task), result) for task, result in after.tasks.items()]
+
+
+def _figures_by_language(before: Evaluation | None, after: Evaluation) -> list[Figure]:
+    earlier = {task: result.lang for task, result in before.tasks.items()} if before else {}
     return [
-        Figure(
-            task=name,
-            metric=result.headline,
-            queries=result.queries,
-            before=earlier[name].metrics[result.headline] if name in earlier else None,
-            after=result.metrics[result.headline],
-        )
-        for name, result in after.tasks.items()
+        _figure(task, result, earlier.get(task, {}).get(language), part, language)
+        for task, result in after.tasks.items()
+        for language, part in result.lang.items()
     ]
+
+
+def _figure(task: str, of: TaskResult, before: GroupResult | None, after: GroupResult, language: str = "") -> Figure:
+    """The headline of a task, of all its queries or of those of a language."""
+    was, now = (_defined(result.metrics[of.headline]) if result else None for result in (before, after))
+    return Figure(task, of.headline, after.queries, was, now, candidates=of.candidates, language=language)
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _sampling(recipe: Recipe) -> str:

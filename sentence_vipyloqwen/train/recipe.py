@@ -297,7 +297,8 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         raise ValueError(f"Unknown settings {unknown}; allowed are {list(fields)}.")
     required = [name for name, item in fields.items() if _is_required(item)]
     if missing := [name for name in required if settings.get(name) in (None, [], "")]:
-        raise ValueError(f"The recipe lacks {missing}: write them in the file, or give them on the command line.")
+        options = ", ".join(f"--{name}" for name in missing)
+        raise ValueError(f"The recipe lacks {missing}: write them in the file, or give {options} to a command.")
     types = get_type_hints(Recipe)
     return Recipe(**{name: _coerce(name, value, types[name]) for name, value in settings.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.model_card import CURVES_FILE
 from sentence_vipyloqwen.train.card import _mix, write_model_card
 from sentence_vipyloqwen.train.dataset import load_tasks
+from sentence_vipyloqwen.train.evaluation import Evaluation, GroupResult, TaskResult
 from sentence_vipyloqwen.train.recipe import Recipe
 from sentence_vipyloqwen.train.report import draw_curves
 from sentence_vipyloqwen.train.run import TrainingResult, train
@@ -40,8 +42,9 @@ def test_the_card_tells_the_whole_run(result: TrainingResult, data: Path) -> Non
     assert text.count("\n## Training Run\n") == 1
     for task, measured in result.after.tasks.items():
         before = result.before.tasks[task].metrics[measured.headline]
-        values = [f"{value:.3f}" for value in (before, measured.metrics[measured.headline])]
-        assert f"| {task} | {measured.headline} | {measured.queries} | {values[0]} | {values[1]} |" in text
+        values = " | ".join(f"{value:.3f}" for value in (before, measured.metrics[measured.headline]))
+        among = measured.candidates or ""
+        assert f"| {task} | {measured.headline} | {measured.queries} | {among} | {values} |" in text
     assert "InfoNCE at temperature 0.05" in text
     assert "### Data and Mix" in text
     assert (
@@ -52,9 +55,33 @@ def test_the_card_tells_the_whole_run(result: TrainingResult, data: Path) -> Non
     results = card.data.eval_results
     assert all(isinstance(of, EvalResult) for of in results)
     values = {of.metric_type: of.metric_value for of in results}
-    assert values["tasks_mean"] == result.after.mean
-    assert values["ocr_ndcg@10"] == result.after.tasks["ocr"].metrics["ndcg@10"]
+    assert values == {
+        "tasks_mean": result.after.mean,
+        **{f"{task}_{of.headline}": of.metrics[of.headline] for task, of in result.after.tasks.items()},
+    }
+    assert {of.dataset_name for of in results} == {"train.jsonl"}
     assert card.data.tags.count("generated_from_trainer") == 1
+
+
+def test_the_card_tells_what_was_measured_in_each_language(result: TrainingResult) -> None:
+    (before, after) = (of.tasks["instr"].lang["vi"].metrics["ndcg@10"] for of in (result.before, result.after))
+    assert section(result.model_path, "Metrics by Language").splitlines()[-1] == (
+        f"| instr | vi | ndcg@10 | 4 | 4 | {before:.3f} | {after:.3f} |"  # the one task whose records name theirs
+    )
+    assert ModelCard.load(result.model_path / "README.md").data.language == ["vi"]
+
+
+def test_a_figure_that_is_undefined_is_left_blank(
+    recipe: Callable[..., Recipe], model: ViPyloQwen, tmp_path: Path
+) -> None:
+    def measured(value: float) -> Evaluation:
+        part = GroupResult(1, {"spearman": value})
+        return Evaluation({"text_pair": TaskResult(3, {"spearman": value}, 3, 0, False, {"zh": part}, {})})
+
+    made = recipe(eval="held-out.jsonl")
+    write_model_card(model.model_card_data, model, tmp_path, made, before=measured(math.nan), after=measured(0.5))
+    assert section(tmp_path, "Metrics by Task").endswith("| text_pair | spearman | 3 |  |  | 0.500 |")
+    assert section(tmp_path, "Metrics by Language").endswith("| text_pair | zh | spearman | 1 |  |  | 0.500 |")
 
 
 def test_the_recipe_in_the_card_names_no_folder_of_the_machine(result: TrainingResult, data: Path) -> None:
