@@ -6,14 +6,14 @@ and the figures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sentence_vipyloqwen.ablation.results import AVERAGE, MEAN, Difference, Spread, VariantResult
 from sentence_vipyloqwen.ablation.variants import FULL
 
 DEPENDS = "It depends on the task"
-ONE_SEED = "One seed shows no spread, so this does not count"
+ONE_SEED = "A hint, of one seed"
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 
@@ -26,22 +26,20 @@ def answer(result: VariantResult) -> str:
         return f"An average of {cell(result.figures[what])}, with which the others are compared."
     subject = _subject(result)
     if what not in result.differences:
-        named = subject if variant.only else subject.capitalize()
+        named = subject.capitalize() if what == MEAN else subject
         return f"{named} is {cell(result.figures[what])}; {variant.against} has no run of the same seed yet."
     found = result.differences[what]
-    counted = {name: other for name, other in result.differences.items() if other.counts and name != what}
-    if found.threshold is None:
+    others = {name: other for name, other in result.differences.items() if other.counts and name != what}
+    if found.interval is None:
         lead, outcome = ONE_SEED, _moves(found, variant.other_side)
     elif found.counts:
         lead = variant.if_better if found.by_seed.mean > 0 else variant.if_worse
-        outcome = _moves(found, variant.other_side) + ("" if variant.only else _tasks(found, counted))
+        told = _tasks(found, others) if what == MEAN else f"; elsewhere, {_all(others)}" if others else ""
+        outcome = _moves(found, variant.other_side) + told
     else:
-        lead, outcome = variant.if_equal, f"does not differ beyond the spread ({_ways(found, variant.other_side)})"
-        if counted:
-            lead = DEPENDS
-            outcome += ", but " + _joined([f"{name} {_moves(other)}" for name, other in counted.items()])
-        elif not variant.only:
-            outcome += ", nor does any task"
+        lead = DEPENDS if others and what == MEAN else variant.if_equal
+        told = f", but {_all(others)}" if others else ", nor does any task" if what == MEAN else ""
+        outcome = f"does not differ significantly ({_ways(found, variant.other_side)}){told}"
     return f"{lead}: {variant.side}, {subject} {outcome}."
 
 
@@ -93,21 +91,28 @@ def _moves(found: Difference, other_side: str = "") -> str:
     return f"{moves} ({_ways(found, other_side)})" if other_side else moves
 
 
+def _all(counted: Mapping[str, Difference]) -> str:
+    """How far each of some figures moves."""
+    return _joined(
+        [f"{'the ' if name == MEAN else ''}{shown(name)} {_moves(found)}" for name, found in counted.items()]
+    )
+
+
 def _ways(found: Difference, other_side: str) -> str:
     return f"from {found.other.mean:.3f} {other_side} to {found.own.mean:.3f}"
 
 
 def _tasks(average: Difference, counted: dict[str, Difference]) -> str:
-    """Which tasks move beyond the spread as the average does, and which the other way."""
+    """Which tasks move significantly as the average does, and which the other way."""
     sign = 1 if average.by_seed.mean > 0 else -1
     moves = {name: sign * found.by_seed.mean for name, found in counted.items()}
     along = sorted((name for name in moves if moves[name] > 0), key=lambda name: -moves[name])
     opposite = [f"{name} {_moves(counted[name])}" for name in moves if moves[name] < 0]
     most = f"{along[0]}, by {moves[along[0]]:.3f}" if along else ""
     if len(along) > 1:
-        told = f"; beyond the spread in {_number(len(along))} tasks, most in {most}"
+        told = f"; significantly in {_number(len(along))} tasks, most in {most}"
     else:
-        told = f"; beyond the spread in {most}" if along else "; in no task by itself beyond the spread"
+        told = f"; significantly in {most}" if along else "; in no task by itself significantly"
     return told + (f"; but {_joined(opposite)}" if opposite else "")
 
 
@@ -143,37 +148,39 @@ class Line:
 
 
 def in_short(results: Sequence[VariantResult]) -> list[tuple[str, list[Line]]]:
-    """Which variants make a difference, largest first, which do not, and of which that cannot be said."""
-    counts: list[VariantResult] = []
-    equal: list[VariantResult] = []
-    single: list[VariantResult] = []
-    open_: list[VariantResult] = []
+    """Which variants are worse and which better, largest first, which are neither, and of which that cannot be said."""
+    groups: dict[str, list[VariantResult]] = {
+        "Worse, largest difference first": [],
+        "Better, largest difference first": [],
+        "No significant difference": [],
+        "One seed, so hints and no more": [],
+        "Failed, or without a run to be compared with": [],
+    }
+    worse, better, equal, single, open_ = groups.values()
     for result in (result for result in results if result.variant.against):
         found = result.differences.get(result.main)
         if found is None:
             open_.append(result)
-        elif found.threshold is None:
+        elif found.interval is None:
             single.append(result)
+        elif not found.counts:
+            equal.append(result)
         else:
-            (counts if found.counts else equal).append(result)
-    counts.sort(key=lambda result: -abs(result.differences[result.main].by_seed.mean))
-    groups = {
-        "Makes a difference to the average, or to the one task that a model is for; largest first": counts,
-        "Makes no difference there beyond the spread": equal,
-        "Has one seed in common with what it is compared with, so nothing counts": single,
-        "Failed, or has no run to be compared with": open_,
-    }
+            (better if found.by_seed.mean > 0 else worse).append(result)
+    for group in (worse, better):
+        group.sort(key=lambda result: -abs(result.differences[result.main].by_seed.mean))
     return [(heading, [_line(result) for result in group]) for heading, group in groups.items() if group]
 
 
 def _line(result: VariantResult) -> Line:
-    variant, found = result.variant, result.differences.get(result.main)
+    variant, what = result.variant, result.main
+    found = result.differences.get(what)
     if found is None:
         return Line(variant.name, variant.change, "")
-    told = signed(found) + (f" in {variant.only}" if variant.only else "")
+    told = signed(found) + (f" in {what}" if what != MEAN else "")
     if variant.against != FULL:
         told += f" against {variant.against}"
-    tasks = [f"{signed(other)} in {name}" for name, other in result.differences.items() if other.counts]
-    if tasks and not found.counts:
-        told += f", but {_joined(tasks)}"
+    others = [f"{signed(other)} in {shown(name)}" for name, other in result.differences.items() if other.counts]
+    if others and not found.counts:
+        told += f", but {_joined(others)}"
     return Line(variant.name, variant.change, told)

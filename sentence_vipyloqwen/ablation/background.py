@@ -35,13 +35,13 @@ TERM_WORDS: Mapping[str, str] = {
 """Term of the loss -> what it asks for."""
 
 _REFERENCE: Mapping[str, str] = {
-    "embedding_dim": "numbers in an embedding",
+    "embedding_dim": "embedding dimensions",
     "learning_rate": "learning rate",
     "learning_rates": "learning rate of parts",
-    "frozen": "not trained",
-    "schedule": "schedule of the learning rate",
+    "frozen": "frozen",
+    "schedule": "learning rate schedule",
     "temperature": "temperature",
-    "max_seq_length": "most tokens of an input",
+    "max_seq_length": "max sequence length (tokens)",
 }
 _OF_THE_RUN = ("seed", "evaluation")
 """Settings in which runs differ without a change to the training."""
@@ -102,13 +102,18 @@ def settings_changed(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     changed: dict[str, list[str]] = {}
     for run in runs if reference else ():
         own, other = run["settings"], reference["settings"]
-        if run["variant"] in changed or "evaluation" in own:
+        if run["variant"] in changed or takes_model(run):
             continue
         names = [name for name in own if name not in _OF_THE_RUN and own[name] != other.get(name)]
         changed[run["variant"]] = [
             name if isinstance(own[name], Mapping) else f"{name} {_value(own[name])}" for name in names
         ]
     return changed
+
+
+def takes_model(run: Mapping[str, Any]) -> bool:
+    """Whether a run used another's model in another way, and trained nothing."""
+    return "evaluation" in run["settings"]
 
 
 def rows_a_step(settings: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ import yaml
 from sentence_vipyloqwen.ablation.variants import FULL, POOLING, SHORTEST, SIZE, VARIANTS, Variant, with_needed
 from sentence_vipyloqwen.model import is_finished_model
 from sentence_vipyloqwen.train.recipe import BY_ROWS, Recipe, load_recipe
-from sentence_vipyloqwen.train.records import read_records
+from sentence_vipyloqwen.train.record_lines import read_records
 
 RUNS_FOLDER = "runs"
 SEEDS = 3
@@ -215,10 +215,16 @@ def _changed(variant: Variant, recipe: Recipe, own: Settings, rows: Mapping[str,
         if "mix" in own:
             raise ValueError(f"its mix is its task alone; got {own['mix']}, allowed is none.")
         settings["mix"] = {task: float(task == variant.only) for task in rows}
+        settings = {
+            "logging_steps": max(1, round(share * recipe.logging_steps)),
+            **settings,
+        }  # a curve of as many points
     changed = _replaced(recipe, settings)
     if recipe.max_steps and "max_steps" not in own:
         seen = share * recipe.max_steps * recipe.batch_size * recipe.accumulation
-        changed = _replaced(changed, {"max_steps": max(1, round(seen / (changed.batch_size * changed.accumulation)))})
+        steps = max(1, round(seen / (changed.batch_size * changed.accumulation)))
+        lines = max(1, round(recipe.logging_steps * steps / recipe.max_steps))  # so that a curve has as many points
+        changed = _replaced(changed, {"max_steps": steps, "logging_steps": lines, **own})
     elif "epochs" not in own:
         changed = _replaced(changed, {"epochs": share * changed.epochs})  # of a mix it is as long as all tasks together
     return changed

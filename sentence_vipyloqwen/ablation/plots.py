@@ -20,8 +20,11 @@ FORMATS = ("png", "svg")
 _EXTRA = "demo"
 _DPI = 150
 _BETTER, _WORSE, _EQUAL, _INK, _BAND = "#18794e", "#b4232c", "#6f7889", "#1a2030", "#f1f3f6"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#7a3fb0")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#7a3fb0", "#1a2030")
 """Of the variants of a family."""
+
+_FEW = 3
+"""Points of a curve that are drawn as points, too: of one there is no line."""
 
 _STYLE = {
     "svg.hashsalt": "ablation",  # equal results give equal files
@@ -49,8 +52,8 @@ def check_plots() -> None:
 def draw_differences(results: Sequence[VariantResult]) -> dict[str, bytes]:
     """Every variant's difference to what it is compared with, by seed and as a mean over the seeds.
 
-    A whisker is as long each way as the rule's threshold, so that a difference counts where its whisker does not reach
-    0; such a one is in colour. One of a single seed is hollow.
+    A whisker is the confidence interval, so a difference counts where its whisker does not reach 0; such a one is in
+    colour. One of a single seed is hollow.
     """
     compared = [result for result in results if result.differences]
     names = names_in([result.differences for result in compared])
@@ -68,7 +71,7 @@ def draw_differences(results: Sequence[VariantResult]) -> dict[str, bytes]:
 def _draw_difference(panel: Any, row: int, difference: Difference) -> None:
     better = difference.by_seed.mean > 0
     colour = (_BETTER if better else _WORSE) if difference.counts else _EQUAL
-    _draw_spread(panel, row, difference.by_seed, difference.threshold, colour)
+    _draw_spread(panel, row, difference.by_seed, difference.interval, colour)
 
 
 def draw_values(results: Sequence[VariantResult]) -> dict[str, bytes]:
@@ -115,14 +118,15 @@ def draw_curves(results: Sequence[VariantResult]) -> dict[str, bytes]:
         lines = {}
         for result in [*([reference] if reference else []), *members]:
             own = result is reference
-            style = {"color": _EQUAL, "linewidth": 2.6, "alpha": 0.6} if own else {"linewidth": 1.3}
+            style = {"color": _EQUAL, "linewidth": 2.6, "alpha": 0.6} if own else {"linewidth": 1.3, "markersize": 4}
             if not own:
                 style["color"] = _COLOURS[members.index(result) % len(_COLOURS)]
             for panel, task in zip(panels, tasks, strict=True):
                 if points := result.curves.get(task):
                     rows = [step * rows_a_step(result.settings) / 1000 for step in points]
                     dashed = "-" if own or comparable(result, reference, task) else "--"
-                    (line,) = panel.plot(rows, list(points.values()), linestyle=dashed, **style)
+                    marker = "o" if len(rows) <= _FEW else None
+                    (line,) = panel.plot(rows, list(points.values()), linestyle=dashed, marker=marker, **style)
                     lines.setdefault(result.variant.name, line)
         beside.legend(lines.values(), lines.keys(), loc="center left", frameon=False, title=family, alignment="left")
     for panel, task in zip(grid[0], tasks, strict=False):

@@ -13,16 +13,19 @@ from sentence_vipyloqwen.ablation.background import (
     reference_facts,
     rows_a_step,
     settings_changed,
+    takes_model,
     task_rows,
 )
 from sentence_vipyloqwen.ablation.plots import FORMATS, check_plots, draw_curves, draw_differences, draw_values
 from sentence_vipyloqwen.ablation.results import (
+    CONFIDENCE,
+    FEWEST_SEEDS,
     MEAN,
     RULE,
     Difference,
     VariantResult,
-    chance,
     figures_of,
+    load_about,
     load_results,
     names_in,
     summarise,
@@ -61,7 +64,7 @@ def write_report(output: str | Path) -> Path:
         for kind in FORMATS:
             with replacing(output / f"{name}.{kind}") as draft:
                 draft.write_bytes(drawn[kind])
-    told = _told(runs, results)
+    told = {"about": load_about(output), **_told(runs, results)}
     images = {name: base64.b64encode(drawn["svg"]).decode() for name, drawn in plots.items()}
     pages = {
         PAGE_FILE: load_template(_PACKAGE, f"{PAGE_FILE}.jinja").render(told, plots=images),
@@ -79,6 +82,7 @@ def _told(runs: Sequence[Mapping[str, Any]], results: Sequence[VariantResult]) -
     """What the templates are given."""
     return {
         "results": results,
+        "answers": _answers(results),
         "names": names_in([result.figures for result in results]),
         "runs": [_run_row(run) for run in runs],
         "unknown": unknown_variants(runs),
@@ -98,6 +102,15 @@ def _told(runs: Sequence[Mapping[str, Any]], results: Sequence[VariantResult]) -
     }
 
 
+def _answers(results: Sequence[VariantResult]) -> dict[str, list[VariantResult]]:
+    """What is answered, the reference first, and what one seed hints at."""
+    groups: dict[str, list[VariantResult]] = {"Questions and answers": [], "Hints of one seed": []}
+    answered, hints = groups.values()
+    for result in results:
+        (hints if result.variant.against and result.compared_seeds < FEWEST_SEEDS else answered).append(result)
+    return {heading: group for heading, group in groups.items() if group}
+
+
 # --- Words and numbers ---
 
 
@@ -110,9 +123,9 @@ def change(difference: Difference | None) -> str:
 
 
 def by_chance(results: Sequence[VariantResult]) -> tuple[int, float]:
-    """How many differences are compared with a spread, and how many of them chance alone would let count."""
-    compared = [found for result in results for found in result.differences.values() if found.threshold is not None]
-    return len(compared), sum(chance(len(found.own.by_seed)) for found in compared)
+    """How many differences have an interval, and how many of them chance alone would let count."""
+    compared = sum(found.interval is not None for result in results for found in result.differences.values())
+    return compared, compared * (1 - CONFIDENCE)
 
 
 def tame(words: str) -> str:
@@ -125,8 +138,11 @@ def tame(words: str) -> str:
 
 
 def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of every run; one that took another's model has no steps of its own."""
     before, after = (figures_of(run[when]) if run[when] else {} for when in ("before", "after"))
-    return {**run, "before": before, "after": after, "rows": rows_a_step(run["settings"])}
+    trains, settings = not takes_model(run), run["settings"]
+    steps, rows = (settings["max_steps"] or "", rows_a_step(settings)) if trains else ("", "")
+    return {**run, "before": before, "after": after, "steps": steps, "rows": rows}
 
 
 def _facts(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:

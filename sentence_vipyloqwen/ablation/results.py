@@ -2,7 +2,8 @@
 
 A task's figure is its headline metric (Spearman, accuracy or nDCG@10), one that is undefined counting 0, as in the
 average over the tasks. The spread of a figure over the seeds is its standard deviation (n - 1) and its range. A
-difference between two variants is taken seed by seed: a seed deals rows and draws the head alike for both.
+difference between two variants is taken seed by seed: a seed deals rows and draws the head alike for both, so that the
+samples are paired, and the confidence interval is that of Student's t (Student 1908, https://doi.org/10.2307/2331554).
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from sentence_vipyloqwen.ablation.variants import VARIANTS, Variant
 
@@ -24,9 +25,10 @@ MEAN = "mean"
 
 AVERAGE = "average"
 FEWEST_SEEDS = 2
+CONFIDENCE = 0.95
 RULE = (
-    "A difference counts only where it exceeds the spread of both sides: where it is larger than the standard "
-    "deviations of the two sides over the seeds, added up. With one seed there is no spread, and nothing counts."
+    "A difference counts as significant where the 95 % confidence interval of its mean over the seeds excludes 0: "
+    "Student's t, paired, as both sides have the same seeds. With one seed there is no interval, and nothing counts."
 )
 
 
@@ -85,15 +87,22 @@ class Difference:
         return cls(*map(Spread, shared), Spread({seed: shared[0][seed] - shared[1][seed] for seed in seeds}))
 
     @property
-    def threshold(self) -> float | None:
-        """The spread of both sides; ``None`` of a single seed."""
-        own, other = self.own.deviation, self.other.deviation
-        return None if own is None or other is None else own + other
+    def interval(self) -> float | None:
+        """Half the width of the confidence interval of the mean; ``None`` of a single seed.
+
+        >>> found = Difference.of(Spread({0: 0.1, 1: 0.2, 2: 0.3}), Spread({0: 0.0, 1: 0.0, 2: 0.0}))
+        >>> round(found.interval, 3)  # 4.303 x 0.1 / sqrt(3)
+        0.248
+        """
+        deviation, seeds = self.by_seed.deviation, len(self.by_seed.by_seed)
+        if deviation is None:
+            return None
+        return float(student_t.ppf((1 + CONFIDENCE) / 2, seeds - 1) * deviation / seeds**0.5)
 
     @property
     def counts(self) -> bool:
         """Whether it counts, by `RULE`."""
-        return self.threshold is not None and abs(self.by_seed.mean) > self.threshold + 1e-9  # not by rounding alone
+        return self.interval is not None and abs(self.by_seed.mean) > self.interval + 1e-9  # not by rounding alone
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,9 @@ class VariantResult:
 
     @property
     def main(self) -> str:
-        """The figure that its question is about: the average, or the one task that it is for."""
-        return self.variant.only or MEAN
+        """The figure that its question is about: one task, where it has been measured, else the average."""
+        about, only = self.variant.about, self.variant.only
+        return about if about and (only or about in self.figures) else MEAN
 
     @property
     def seeds(self) -> int:
@@ -145,11 +155,26 @@ def load_results(output: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If the folder has none.
     """
+    runs: list[dict[str, Any]] = _load(output)["runs"]
+    return runs
+
+
+def load_about(output: Path) -> str:
+    """What base and data of an ablation are, in the words of who ran it; ``""`` where nothing was said.
+
+    Raises:
+        ValueError: If the folder has no results.
+    """
+    about: str = _load(output).get("about", "")
+    return about
+
+
+def _load(output: Path) -> dict[str, Any]:
     path = output / RESULTS_FILE
     if not path.exists():
         raise ValueError(f"{output} holds no {RESULTS_FILE}: nothing has been run there.")
-    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    return runs
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
@@ -196,18 +221,6 @@ def headlines(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         for name, task in (run["after"] or {"tasks": {}})["tasks"].items():
             found[name] = task["headline"]
     return found
-
-
-@lru_cache
-def chance(seeds: int, draws: int = 200_000) -> float:
-    """How often two equal variants would differ by `RULE` all the same, if seeds scatter them normally.
-
-    >>> round(chance(3), 2), round(chance(10), 3)
-    (0.08, 0.0)
-    """
-    sides = np.random.default_rng(0).normal(size=(2, draws, seeds))
-    apart = np.abs(sides[0].mean(axis=1) - sides[1].mean(axis=1))
-    return float((apart > sides.std(axis=2, ddof=1).sum(axis=0)).mean())
 
 
 def _spreads(runs: Sequence[Mapping[str, Any]], only: str | None) -> dict[str, Spread]:

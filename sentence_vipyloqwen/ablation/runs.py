@@ -18,7 +18,7 @@ import platform
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from sentence_vipyloqwen.ablation.plan import RUNS_FOLDER, SEEDS, Run, Settings, plan
 from sentence_vipyloqwen.ablation.plots import check_plots
 from sentence_vipyloqwen.ablation.report import write_report
-from sentence_vipyloqwen.ablation.results import RESULTS_FILE
+from sentence_vipyloqwen.ablation.results import RESULTS_FILE, load_about
 from sentence_vipyloqwen.ablation.variants import VARIANTS
 from sentence_vipyloqwen.files import measure, replacing
 from sentence_vipyloqwen.model import ViPyloQwen
@@ -77,6 +77,7 @@ def ablate(
     own: Mapping[str, Settings] | None = None,
     device: str | None = None,
     retry_failed: bool = False,
+    about: str | None = None,
     tell: Tell = lambda line: None,
 ) -> Path:
     """Do all runs that are not done yet, and report on every run in the folder; see `plan` for the arguments.
@@ -91,6 +92,7 @@ def ablate(
         own: Variant -> settings that replace its own.
         device: ``"cpu"`` to stay off an accelerator; the best device at hand by default.
         retry_failed: Whether runs that failed before are forgotten, whatever their settings, and tried again.
+        about: What base and data are, for the readers of the report; by default what was said before, if anything.
         tell: Called with a line for each variant that is left out, and before each run.
 
     Returns:
@@ -108,43 +110,75 @@ def ablate(
             "as there are accelerators: each process does the runs that no other has under way."
         )
     check_plots()
-    runs = plan(recipe, names, seeds=seeds, own=own, tell=tell)
-    output, data = Path(recipe.output), _data(recipe)
-    labels = {run.folder: f"{number}/{len(runs)}  {run.name}" for number, run in enumerate(runs, 1)}
-    failed = {run.folder: done for run in runs if retry_failed and (done := _read(run.folder)) and done["failure"]}
-    for run in runs:
-        if run.variant.model_of and (run.folder in failed or not _read(run.folder)):
-            _check_not_deleted(run)
+    runs, output = plan(recipe, names, seeds=seeds, own=own, tell=tell), Path(recipe.output)
+    work = _Work(runs, _data(recipe), output, device=device, about=about, retry_failed=retry_failed, tell=tell)
+    work.check_models()
+    busy = work.settle_all(runs, work.tell_busy)
+    while busy:
+        time.sleep(LOOK_AGAIN)
+        busy = work.settle_all(busy)
+    _report(output, about)
+    return output / RESULTS_FILE
 
-    def settle(run: Run) -> None:
-        """Do a run unless it is done; ``_UnderWay`` if another process has it."""
-        with _alone(run):
-            if (before := failed.get(run.folder)) and before == _read(run.folder):  # not yet tried again
-                shutil.rmtree(run.folder)
-            done = _is_done(run, data)
-            tell(f"{labels[run.folder]}: {'done before' if done else run.variant.change}")
-            if not done:
-                _write(run.folder / RUN_FILE, _do(run, data, device))
-                shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
-                _report(output)
 
-    left = runs
-    while left:
+class _Work:
+    """The runs of an ablation, as one of the processes that share them does them; see `ablate`."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        data: Settings,
+        output: Path,
+        *,
+        device: str | None,
+        about: str | None,
+        retry_failed: bool,
+        tell: Tell,
+    ) -> None:
+        self._runs = runs
+        self._data = data
+        self._output = output
+        self._device = device
+        self._about = about
+        self._tell = tell
+        self._labels = {run.folder: f"{number}/{len(runs)}  {run.name}" for number, run in enumerate(runs, 1)}
+        before = {run.folder: done for run in runs if (done := _read(run.folder))}
+        self._failed = {folder: done for folder, done in before.items() if retry_failed and done["failure"]}
+
+    def check_models(self) -> None:
+        """Refuse to begin where a run could not take the model that another has left."""
+        for run in self._runs:
+            if run.variant.model_of and (run.folder in self._failed or not _read(run.folder)):
+                _check_not_deleted(run)
+
+    def settle_all(self, runs: Iterable[Run], tell_busy: Callable[[Run], None] = lambda run: None) -> list[Run]:
+        """Do the runs that no other process has under way; those that are, or wait for such a one, are left."""
         busy: list[Run] = []
-        for run in left:
+        for run in runs:
             try:
                 if any(other.leaves_model_of(run) for other in busy):
                     raise _UnderWay
-                settle(run)
+                self._settle(run)
             except _UnderWay:
                 busy.append(run)
-                if left is runs:  # once
-                    tell(f"{labels[run.folder]}: under way in another process, or waits for what is")
-        if busy:
-            time.sleep(LOOK_AGAIN)
-        left = busy
-    _report(output)
-    return output / RESULTS_FILE
+                tell_busy(run)
+        return busy
+
+    def tell_busy(self, run: Run) -> None:
+        """Say that a run is left to others for now."""
+        self._tell(f"{self._labels[run.folder]}: under way in another process, or waits for what is")
+
+    def _settle(self, run: Run) -> None:
+        """Do a run unless it is done; ``_UnderWay`` if another process has it."""
+        with _alone(run):
+            if (before := self._failed.get(run.folder)) and before == _read(run.folder):  # not yet tried again
+                shutil.rmtree(run.folder)
+            done = _is_done(run, self._data)
+            self._tell(f"{self._labels[run.folder]}: {'done before' if done else run.variant.change}")
+            if not done:
+                _write(run.folder / RUN_FILE, _do(run, self._data, self._device))
+                shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+                _report(self._output, self._about)
 
 
 @contextmanager
@@ -166,11 +200,11 @@ def _alone(run: Run) -> Iterator[None]:
         lock.release()
 
 
-def _report(output: Path) -> None:
+def _report(output: Path, about: str | None) -> None:
     """Write results, plots and pages anew, all of one state of the folder."""
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / REPORT_LOCK):
-        write_results(output)
+        write_results(output, about)
         write_report(output)
 
 
@@ -278,16 +312,23 @@ def _is_done(run: Run, data: Settings) -> bool:
     return True
 
 
-def write_results(output: Path) -> None:
+def write_results(output: Path, about: str | None = None) -> None:
     """Gather every run in the folder, failed ones too, with what it logged and how large its model is.
 
     They stand in the order of the table; those of a variant that it does not have stand last.
+
+    Args:
+        output: The folder; it receives ``results.json``.
+        about: What base and data are; by default what the results said before, if anything.
     """
+    path = output / RESULTS_FILE
+    if about is None and path.exists():
+        about = load_about(output)
     paths = output.glob(f"{RUNS_FOLDER}/*/*/{RUN_FILE}")
     found = [{**json.loads(path.read_text(encoding="utf-8")), **_left_in(path.parent)} for path in paths]
     order = {name: place for place, name in enumerate(VARIANTS)}
     found.sort(key=lambda run: (order.get(run["variant"], len(order)), run["variant"], run["seed"]))
-    _write(output / RESULTS_FILE, {"runs": found})
+    _write(path, {"about": about or "", "runs": found})
 
 
 def _left_in(folder: Path) -> dict[str, Any]:

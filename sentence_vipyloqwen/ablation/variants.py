@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from sentence_vipyloqwen.losses.prefix_routed import TERMS
+from sentence_vipyloqwen.losses.prefix_routed import TERMS, merge_weights
 from sentence_vipyloqwen.model import EMBEDDING_DIM
 from sentence_vipyloqwen.modules.attention_pooling import ATTENTION
-from sentence_vipyloqwen.tasks import ALL_TASKS, INFO_NCE, TASKS
+from sentence_vipyloqwen.tasks import ALL_TASKS, COSINE, INFO_NCE, SCORE_MSE, TASKS, TRIPLET
 from sentence_vipyloqwen.train.recipe import Recipe
 
 FULL = "full"
@@ -27,6 +27,9 @@ NOTHING_SHOWN = "Nothing that shows"
 ONE_MARGIN = 0.2
 SHORTEST = 8
 """What embeddings are cut to: one part in so many."""
+PUBLISHED_BATCH = 24
+"""Rows that the published run contrasts at a time."""
+_TERMS_BESIDE = {SCORE_MSE: "the squared error of scores", COSINE: "the cosine term", TRIPLET: "the triplet term"}
 
 
 def _unchanged(recipe: Recipe) -> Mapping[str, Any]:
@@ -46,7 +49,7 @@ class Variant:
         other_side: The side of what it is compared with, as it follows a figure: ``"in units of cosine"``.
         if_better: The answer to the question where the variant is better than that.
         if_worse: The answer where it is worse.
-        if_equal: The answer where nothing differs beyond the spread.
+        if_equal: The answer where nothing differs significantly.
         settings: Of the recipe that it changes, the settings that replace those.
         against: The variant that differs from it in this change alone; ``None`` for the reference.
         model_of: The variant whose trained model is evaluated in another way; ``None`` where it trains its own.
@@ -54,7 +57,8 @@ class Variant:
         cut: Of such an evaluation, what part of its numbers an embedding is cut to, one in so many.
         only: The one task it trains on, with as many rows of it as the reference sees; its figures are of that task
             alone. ``None`` for all tasks.
-        about: The task without which it has no meaning; ``None`` where any data will do.
+        about: The one task that its question is about, and without which it has no meaning; ``None`` where it is about
+            all of them, so that their average answers it.
     """
 
     name: str
@@ -89,6 +93,75 @@ def _halves(recipe: Recipe) -> Mapping[str, Any]:
 def _no_other_terms(task: str) -> Mapping[str, float]:
     """Weight 0 for all that a task has beside InfoNCE."""
     return {term: 0.0 for term in ALL_TASKS[task].weights if term != INFO_NCE}
+
+
+def _without_term(term: str, what: str) -> Variant:
+    """The weight of one term 0, whatever the recipe gives it."""
+    users = [task for task in TASKS if term in TASKS[task].weights]
+
+    def settings(recipe: Recipe) -> Mapping[str, Any]:
+        weights = merge_weights(recipe.weights)
+        without = {task: {**recipe.weights.get(task, {}), term: 0.0} for task in weights if weights[task].get(term)}
+        return {"weights": {**recipe.weights, **without}}
+
+    return Variant(
+        name=f"no_{term}",
+        change=f"{what} ({', '.join(users)}) has weight 0; the other terms stay",
+        question=f"Does {what} help?",
+        family=LOSS,
+        side=f"without {what}",
+        other_side="with it",
+        if_better="No",
+        if_worse="Yes",
+        about=users[0] if len(users) == 1 else None,
+        settings=settings,
+    )
+
+
+def _long_steps(batches: int, how_many: str, suffix: str = "") -> tuple[Variant, Variant]:
+    """Steps of so many published batches, contrasted one by one, and as a whole."""
+    rows = batches * PUBLISHED_BATCH
+    one_by_one = Variant(
+        name=f"in_batch{suffix}",
+        change=f"{PUBLISHED_BATCH} rows contrasted at a time, as published, and {how_many} such batches a step",
+        question="How far do the batches of the published run get: few negatives, long steps?",
+        family=NEGATIVES,
+        side="with few negatives and long steps",
+        other_side="with the batches of the recipe",
+        if_better="Further",
+        if_worse="Less far",
+        if_equal="As far, by what this shows",
+        settings=_with(
+            batch_size=PUBLISHED_BATCH, accumulation=batches, loss_mini_batch_size=0, loss_mini_batch_tokens=None
+        ),
+    )
+    as_a_whole = Variant(
+        name=f"grad_cache{suffix}",
+        change=f"all rows of such a step contrasted as a whole, computed {PUBLISHED_BATCH} at a time (GradCache)",
+        question="Do more negatives help, at the same rows a step?",
+        family=NEGATIVES,
+        side="with all rows of a step contrasted",
+        other_side="with few at a time",
+        settings=_with(
+            batch_size=rows, accumulation=1, loss_mini_batch_size=PUBLISHED_BATCH, loss_mini_batch_tokens=None
+        ),
+        against=one_by_one.name,
+    )
+    return one_by_one, as_a_whole
+
+
+def _triplet_of_equal_weight(recipe: Recipe) -> Mapping[str, Any]:
+    """The published triplet term with gradients as large as those in units of cosine: only its margin is another.
+
+    ``max(0, (n - p) / t + m)`` times ``t`` is ``max(0, n - p + m t)``.
+    """
+    weights = merge_weights(recipe.weights)
+    scaled = {
+        task: {**recipe.weights.get(task, {}), TRIPLET: of[TRIPLET] * recipe.temperature}
+        for task, of in weights.items()
+        if of.get(TRIPLET)
+    }
+    return {"triplet_scale": "temperature", "weights": {**recipe.weights, **scaled}}
 
 
 def _without_prefix_of(task: str) -> Variant:
@@ -138,6 +211,7 @@ _VARIANTS = (
         if_worse="Yes",
         settings=_with(weights={task: _no_other_terms(task) for task in ALL_TASKS}),
     ),
+    *(_without_term(term, what) for term, what in _TERMS_BESIDE.items()),
     Variant(
         name="one_mix",
         change=f"all four terms with weight 1 and margin {ONE_MARGIN} for every task",
@@ -173,6 +247,18 @@ _VARIANTS = (
         if_better="No",
         if_worse="Yes",
         settings=_with(triplet_scale="temperature"),
+    ),
+    Variant(
+        name="published_triplet_weighed",
+        change="the triplet term as published, its weight times the temperature",
+        question="Is it by its weight that the published triplet term differs from ours, or by its margin?",
+        family=LOSS,
+        side="as published but weighed as ours",
+        other_side="in units of cosine",
+        if_better="By its margin too, which is better than ours",
+        if_worse="By its margin too",
+        if_equal="By its weight, as far as this shows",
+        settings=_triplet_of_equal_weight,
     ),
     # Prefixes.
     Variant(
@@ -265,28 +351,8 @@ _VARIANTS = (
         settings=_with(mixed_batches=True, negatives="all"),
         against="mixed_batches",
     ),
-    Variant(
-        name="in_batch",
-        change="24 rows contrasted at a time, as published, and many such batches a step",
-        question="How far do the batches of the published run get: few negatives, long steps?",
-        family=NEGATIVES,
-        side="with few negatives and long steps",
-        other_side="with the batches of the recipe",
-        if_better="Further",
-        if_worse="Less far",
-        if_equal="As far, within the spread",
-        settings=_with(batch_size=24, accumulation=32, loss_mini_batch_size=0, loss_mini_batch_tokens=None),
-    ),
-    Variant(
-        name="grad_cache",
-        change="all rows of such a step contrasted as a whole, computed 24 at a time (GradCache)",
-        question="Do more negatives help, at the same rows a step?",
-        family=NEGATIVES,
-        side="with all rows of a step contrasted",
-        other_side="with few at a time",
-        settings=_with(batch_size=768, accumulation=1, loss_mini_batch_size=24, loss_mini_batch_tokens=None),
-        against="in_batch",
-    ),
+    *_long_steps(32, "many"),
+    *_long_steps(8, "only 8", "_192"),
     # Size.
     Variant(
         name="cut",

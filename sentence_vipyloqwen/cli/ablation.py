@@ -41,6 +41,9 @@ def ablate(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Forget the runs that failed before, and do them again.")
     ] = False,
+    about: Annotated[
+        str | None, typer.Option(help="What base and data are, in a sentence or two, for readers of the report.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Find out what each part of the method is worth: train variants of a recipe, each over several seeds.
@@ -52,7 +55,8 @@ def ablate(
     does not apply to the recipe, the base or the data is left out, with the reason; one given by name is an error.
 
     **Sizes.** `--set max_steps=400` is for every run, `--set grad_cache.batch_size=256` for one variant: those of
-    `in_batch` (24 rows, 32 batches a step) and `grad_cache` (768 rows) suit a large machine.
+    `in_batch` (24 rows, 32 batches a step) and `grad_cache` (768 rows) suit a large machine and a long run, those of
+    `in_batch_192` and `grad_cache_192` a shorter one.
 
     **Time.** As many trainings as variants times seeds, one after the other. Stop it when you like: the same command
     goes on from the last checkpoint (`save_steps`) of the run under way, and does no finished run again. More variants
@@ -68,7 +72,8 @@ def ablate(
     `curves` as PNG and SVG. `results.json`: every figure and setting. `runs/VARIANT/seed-N/`: what `vipyloqwen train`
     leaves.
 
-    **What counts.** A difference to the reference counts only where it exceeds the spread of both sides.
+    **What counts.** A difference to the reference counts where the 95 % confidence interval of its mean over the seeds
+    (paired, Student's t) excludes 0. Two seeds seldom show anything, three show what is large.
 
     Example: `vipyloqwen ablate --base my-base --train train.jsonl --eval eval.jsonl --output ablation
     --variant info_nce_only --variant no_prefix --seeds 3 --set max_steps=800`
@@ -92,7 +97,16 @@ def ablate(
     given |= {"train": [str(path) for path in train] if train else None}
     settings = load_recipe(recipe, {**shared, **{key: value for key, value in given.items() if value is not None}})
     try:
-        run(settings, variant or (), seeds=seeds, own=own, device=device, retry_failed=retry_failed, tell=screen.print)
+        run(
+            settings,
+            variant or (),
+            seeds=seeds,
+            own=own,
+            device=device,
+            retry_failed=retry_failed,
+            about=about,
+            tell=screen.print,
+        )
     except TrainingInterrupted as error:
         tell_error(error)
         raise typer.Exit(error.exit_code) from error

@@ -38,36 +38,36 @@ FULL = [(0.60, 0.6, 0.6), (0.62, 0.6, 0.6)]
         (
             [(0.50, 0.4, 0.5), (0.52, 0.4, 0.5)],
             "Yes: as published, the average of the two tasks falls by 0.100 (from 0.610 in units of cosine to 0.510); "
-            "beyond the spread in two tasks, most in ocr, by 0.200.",
+            "significantly in two tasks, most in ocr, by 0.200.",
         ),
         (
             [(0.70, 0.9, 0.5), (0.72, 0.9, 0.5)],
             "No: as published, the average of the two tasks rises by 0.100 (from 0.610 in units of cosine to 0.710); "
-            "beyond the spread in ocr, by 0.300; but instr falls by 0.100.",
+            "significantly in ocr, by 0.300; but instr falls by 0.100.",
         ),
         (
             [(0.50, 0.2, 0.1), (0.52, 1.0, 1.0)],
             "Yes: as published, the average of the two tasks falls by 0.100 (from 0.610 in units of cosine to 0.510); "
-            "in no task by itself beyond the spread.",
+            "in no task by itself significantly.",
         ),
         (
             [(0.61, 0.7, 0.5), (0.62, 0.7, 0.5)],
-            "It depends on the task: as published, the average of the two tasks does not differ beyond the spread "
+            "It depends on the task: as published, the average of the two tasks does not differ significantly "
             "(from 0.610 in units of cosine to 0.615), but ocr rises by 0.100 and instr falls by 0.100.",
         ),
         (
             [(0.60, 0.6, 0.6), (0.62, 0.6, 0.6)],
-            "Not shown: as published, the average of the two tasks does not differ beyond the spread (from 0.610 in "
+            "Not shown: as published, the average of the two tasks does not differ significantly (from 0.610 in "
             "units of cosine to 0.610), nor does any task.",
         ),
         (
             [(0.50, 0.4, 0.5)],
-            "One seed shows no spread, so this does not count: as published, the average of the two tasks falls by "
+            "A hint, of one seed: as published, the average of the two tasks falls by "
             "0.100 (from 0.600 in units of cosine to 0.500).",
         ),
         (
             [(0.60, 0.6, 0.6)],
-            "One seed shows no spread, so this does not count: as published, the average of the two tasks stays as it "
+            "A hint, of one seed: as published, the average of the two tasks stays as it "
             "is (from 0.600 in units of cosine to 0.600).",
         ),
         ([(None, 0.0, 0.0)], "Every run failed."),
@@ -108,8 +108,26 @@ def test_a_model_for_one_task_is_answered_by_that_task(answers: Callable[..., di
         "Yes: with a model of its own, ocr rises by 0.200 (from 0.600 with one model for all tasks to 0.800)."
     )
     assert said["only_instr"] == (
-        "Not shown: with a model of its own, instr does not differ beyond the spread (from 0.600 with one model for "
+        "Not shown: with a model of its own, instr does not differ significantly (from 0.600 with one model for "
         "all tasks to 0.600)."
+    )
+
+
+def test_a_question_about_one_task_is_answered_by_it_and_then_by_the_others(
+    answers: Callable[..., dict[str, str]],
+) -> None:
+    said = answers(
+        full=FULL,
+        no_ocr_prefix=[(0.50, 0.4, 0.5), (0.52, 0.4, 0.5)],
+        no_instr_prefix=[(0.5, 0.4, 0.6)] * 2,
+    )
+    assert said["no_ocr_prefix"] == (
+        "Yes: without the prefix of ocr, ocr falls by 0.200 (from 0.600 with it to 0.400); elsewhere, the average "
+        "falls by 0.100 and instr falls by 0.100."
+    )
+    assert said["no_instr_prefix"] == (
+        "Not shown: without the prefix of instr, instr does not differ significantly (from 0.600 with it to 0.600), "
+        "but ocr falls by 0.200."
     )
 
 
@@ -132,6 +150,7 @@ def test_in_short_is_ordered_by_size(run_of: RunOf) -> None:
                 *runs("info_nce_only", 0.52),
                 *runs("one_mix", 0.4),
                 *runs("no_prefix", 0.5, ocr=0.6, instr=0.4),
+                *runs("no_cosine", 0.5, instr=0.46),
                 *runs("only_ocr", 0.1, ocr=0.45),
                 *runs("mixed_batches", 0.5),
                 *runs("all_negatives", 0.47),
@@ -141,13 +160,21 @@ def test_in_short_is_ordered_by_size(run_of: RunOf) -> None:
             ]
         )
     )
+    assert [heading.split(",")[0] for heading, _ in groups] == [
+        "Worse",
+        "Better",
+        "No significant difference",
+        "One seed",
+        "Failed",
+    ]
     assert [[(line.name, line.difference) for line in lines] for _, lines in groups] == [
         [
             ("one_mix", "-0.100"),
             ("only_ocr", "-0.050 in ocr"),
+            ("no_cosine", "-0.040 in instr"),
             ("all_negatives", "-0.030 against mixed_batches"),
-            ("info_nce_only", "+0.020"),
         ],
+        [("info_nce_only", "+0.020")],
         [("no_prefix", "+0.000, but +0.100 in ocr and -0.100 in instr"), ("mixed_batches", "+0.000")],
         [("cut", "-0.200"), ("matryoshka_cut", "+0.200 against cut")],
         [("matryoshka", "")],

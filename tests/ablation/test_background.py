@@ -53,7 +53,7 @@ def test_the_reference_is_told_by_its_settings(run_of: RunOf) -> None:
     assert reference_facts([{**run, "parameters": 3301234}]) == {
         "size of the model": "3,301,234 parameters",
         "training": "7 steps of 8 rows: 56 rows",
-        "numbers in an embedding": "128",
+        "embedding dimensions": "128",
         "learning rate of parts": "visual 0.0001",
     }
     assert reference_facts([with_settings(run, max_steps=0, epochs=1.5)])["training"] == "1.5 epochs, 8 rows a step"

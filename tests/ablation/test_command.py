@@ -45,7 +45,8 @@ def test_an_ablation_from_the_command_line(
     small = [f"--set={pair}" for pair in ("embedding_dim=16", "max_steps=2", "batch_size=4", "in_batch.batch_size=2")]
     files = ["--base", base, "--train", records, "--eval", records, "--output", tmp_path]
     chosen = ["--variant", "in_batch", "--seeds", 1, "--device", "cpu"]
-    assert run(monkeypatch, *files, *chosen, *small, "--set", "in_batch.accumulation=1") == 0
+    about = ["--about", "Pages."]
+    assert run(monkeypatch, *files, *chosen, *small, *about, "--set", "in_batch.accumulation=1") == 0
     told = capsys.readouterr().out
     assert "1/2  full, seed 42: none: the recipe as it is" in told
     assert "2/2  in_batch, seed 42" in told
@@ -54,7 +55,7 @@ def test_an_ablation_from_the_command_line(
     assert [(of["batch_size"], of["max_steps"]) for of in settings] == [(4, 2), (2, 4)]
     (tmp_path / "ablation.html").unlink()
     assert run(monkeypatch, "--redraw", "--output", tmp_path) == 0
-    assert (tmp_path / "ablation.html").exists()
+    assert "<p>Pages.</p>" in (tmp_path / "ablation.html").read_text()
 
 
 def test_failed_runs_are_tried_again_when_asked_for(

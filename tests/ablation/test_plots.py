@@ -9,7 +9,7 @@ import pytest
 
 from sentence_vipyloqwen.ablation import plots
 from sentence_vipyloqwen.ablation.results import VariantResult, summarise
-from sentence_vipyloqwen.ablation.variants import VARIANTS
+from sentence_vipyloqwen.ablation.variants import LOSS, VARIANTS
 
 RunOf = Callable[..., dict[str, Any]]
 FAMILIES = ["loss", "prefixes", "pooling", "one task", "negatives", "size"]
@@ -25,9 +25,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def results(run_of: RunOf) -> list[VariantResult]:
-    """Every variant over two seeds, one of them over one."""
+    """Every variant over two seeds, one of them over one; in ocr, all but the reference gain in the second seed."""
     runs = [
-        run_of(name, seed, 0.5 - place / 100, ocr=0.5 + seed / 10, instr=0.5)
+        run_of(name, seed, 0.5 - place / 100, ocr=0.5 + seed * (2 if place else 1) / 10, instr=0.5)
         for place, name in enumerate(VARIANTS)
         for seed in ((0,) if name == "attention_pooling" else (0, 1))
     ]
@@ -69,7 +69,7 @@ def test_every_variant_has_a_row_under_its_family(drawn: list[Any], results: lis
     assert len(diamonds(values[0])) == sum(variant.only is None for variant in VARIANTS.values())
 
 
-def test_a_whisker_is_the_threshold_of_the_rule_and_one_seed_is_hollow(
+def test_a_whisker_is_the_confidence_interval_and_one_seed_is_hollow(
     drawn: list[Any], results: list[VariantResult]
 ) -> None:
     plots.draw_differences(results)
@@ -79,8 +79,8 @@ def test_a_whisker_is_the_threshold_of_the_rule_and_one_seed_is_hollow(
     assert (alone.get_markerfacecolor(), other.get_markerfacecolor()) == ("white", plots._WORSE)
     assert other.get_xdata()[0] == pytest.approx(-0.01)
     assert diamonds(ocr)[rows["info_nce_only"]].get_markerfacecolor() == plots._EQUAL
-    deviation = 0.1 / 2**0.5  # of two figures that lie 0.1 apart
-    assert whiskers(ocr)[rows["info_nce_only"]] == pytest.approx([-2 * deviation, 2 * deviation])
+    width = 12.706 * 0.05  # t of one degree of freedom, times the standard error of 0 and 0.1
+    assert whiskers(ocr)[rows["info_nce_only"]] == pytest.approx([0.05 - width, 0.05 + width], abs=1e-4)
     assert rows["attention_pooling"] not in whiskers(ocr)
 
 
@@ -91,14 +91,31 @@ def test_curves_are_by_rows_seen_and_a_family_has_its_own_panels(
     panels = drawn[0].axes
     assert len(panels) == len(FAMILIES) * 3  # two tasks and a legend
     told = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in panels[2::3]]
-    assert told[0] == ["full", "info_nce_only", "one_mix", "published_pair_weight", "published_triplet"]
-    assert told[4] == ["full", "mixed_batches", "all_negatives", "in_batch", "grad_cache"]
+    assert told[0] == ["full", *(variant.name for variant in VARIANTS.values() if variant.family == LOSS)]
+    assert told[4] == [
+        "full",
+        "mixed_batches",
+        "all_negatives",
+        "in_batch",
+        "grad_cache",
+        "in_batch_192",
+        "grad_cache_192",
+    ]
     assert told[5] == ["full", "matryoshka"]
-    full, *_, in_batch, grad_cache = panels[4 * 3].lines
+    full, _, _, in_batch, grad_cache, *_ = panels[4 * 3].lines
     assert full.get_xdata().tolist() == [0.008, 0.016]  # thousands: 8 rows a step
     assert in_batch.get_xdata().tolist() == [0.004, 0.008]
     assert [line.get_linestyle() for line in (full, in_batch, grad_cache)] == ["-", "--", "-"]
-    assert len({line.get_color() for line in panels[3].lines}) == len(panels[3].lines) == 7
+    for family in panels[::3]:
+        assert len({line.get_color() for line in family.lines}) == len(family.lines)
+
+
+def test_a_curve_of_few_points_shows_them(drawn: list[Any], run_of: RunOf) -> None:
+    short, long = run_of("only_ocr", 0, 0.5, ocr=0.5), run_of("full", 0, 0.5, ocr=0.5)
+    short["curves"] = {"ocr": [(1, 2.0)]}
+    long["curves"] = {"ocr": [(step, 2.0) for step in range(1, 10)]}
+    plots.draw_curves(summarise([long, short]))
+    assert [line.get_marker() for line in drawn[0].axes[0].lines] == ["None", "o"]
 
 
 def test_what_can_be_compared_depends_on_the_task(results: list[VariantResult]) -> None:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from sentence_vipyloqwen import ViPyloQwen
 from sentence_vipyloqwen.ablation import runs as module
 from sentence_vipyloqwen.ablation.plan import Run, plan
+from sentence_vipyloqwen.ablation.results import load_about
 from sentence_vipyloqwen.ablation.runs import ablate
 from sentence_vipyloqwen.ablation.variants import VARIANTS
 from sentence_vipyloqwen.tasks import ALL_TASKS, TASKS
@@ -132,13 +133,14 @@ def test_checkpoints_of_a_run_that_is_done_are_gone(everything: tuple[Path, list
 
 
 def test_every_variant_has_the_same_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, max_steps=1700, batch_size=64)
+    recipe = make_recipe(tmp_path, max_steps=1700, batch_size=64, logging_steps=100)
     recipes = {run.variant.name: run.recipe for run in plan(recipe, seeds=1)}
     rows = {name: made.max_steps * made.batch_size * made.accumulation for name, made in recipes.items()}
     assert rows["full"] == 1700 * 64
     single = {name for name in rows if name.startswith("only_")}
     assert all(abs(rows[name] / rows["full"] - 1) < 0.01 for name in rows.keys() - single)
     assert recipes["in_batch"].max_steps == recipes["grad_cache"].max_steps == 142
+    assert all(15 <= made.max_steps / made.logging_steps <= 19 for made in recipes.values())  # lines of the log
     own = {"grad_cache": {"batch_size": 256, "max_steps": 9}, "in_batch": {"accumulation": 4}}
     recipes = {run.variant.name: run.recipe for run in plan(recipe, seeds=1, own=own)}
     assert (recipes["grad_cache"].batch_size, recipes["grad_cache"].max_steps) == (256, 9)
@@ -151,10 +153,11 @@ def test_a_model_for_one_task_has_that_task_s_share_of_the_steps(
     mine = [line for line in records.read_text().splitlines() if json.loads(line).get("task") in ("instr", "text_pair")]
     more = [json.dumps({"task": "instr", "anchor": f"Số {i}", "positive": f"number {i}"}) for i in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join([*mine, *more]))  # 12 instructions, 4 pairs
-    given = {"train": str(tmp_path / "train.jsonl"), "max_steps": 100}
+    given = {"train": str(tmp_path / "train.jsonl"), "max_steps": 100, "logging_steps": 20}
     names = ["only_instr", "only_text_pair"]
     recipes = {run.variant.name: run.recipe for run in plan(make_recipe(tmp_path, **given), names, seeds=1)}
     assert (recipes["only_instr"].max_steps, recipes["only_text_pair"].max_steps) == (75, 25)
+    assert (recipes["only_instr"].logging_steps, recipes["only_text_pair"].logging_steps) == (15, 5)
     assert recipes["only_instr"].mix == {"instr": 1.0, "text_pair": 0.0}
     mixed = make_recipe(tmp_path, **given, mix={"instr": 1.0, "text_pair": 4.0})
     recipes = {run.variant.name: run.recipe for run in plan(mixed, names, seeds=1)}
@@ -298,7 +301,7 @@ def test_what_is_about_a_task_that_the_data_lacks_is_left_out(
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     recipe, told = make_recipe(tmp_path, train=str(tmp_path / "train.jsonl")), []
     found = {name for name, _ in names_of(plan(recipe, seeds=1, tell=told.append))}
-    assert {name for name in found if VARIANTS[name].about} == {"no_instr_prefix"}  # full is for instr alone
+    assert {name for name in found if VARIANTS[name].about} == {"no_cosine", "no_instr_prefix"}  # not only_instr
     assert "only_instr is left out: the reference trains on that task alone." in told
     assert "no_ocr_prefix is left out: the data has no ocr; it has ['instr']." in told
     with pytest.raises(ValueError, match=r"Variant no_ocr_prefix does not apply: the data has no ocr; it has \['instr"):
@@ -521,6 +524,12 @@ def test_runs_of_an_unknown_variant_stand_last(tmp_path: Path, run_of: Callable[
         (folder / "run.json").write_text(json.dumps(run_of(name, 0, 0.5, ocr=0.5)))
     module.write_results(tmp_path)
     assert [run["variant"] for run in results_of(tmp_path)] == ["full", "one_mix", "a_renamed_one"]
+
+
+def test_what_base_and_data_are_is_said_once(tmp_path: Path, run_of: Callable[..., dict[str, Any]]) -> None:
+    for given, kept in ((None, ""), ("Pages.", "Pages."), (None, "Pages."), ("Lines.", "Lines.")):
+        module.write_results(tmp_path, given)
+        assert load_about(tmp_path) == kept
 
 
 def test_several_processes_are_refused(

@@ -62,11 +62,27 @@ def test_a_variant_takes_a_step(name: str, make_recipe: MakeRecipe, tmp_path: Pa
     assert any(bool(gradient.any()) for gradient in gradients)
 
 
+def test_a_term_is_left_out_of_the_weights_of_the_recipe(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    own = {"instr": {"score_mse": 0.5, "info_nce": 2.0}, "text_pair": {"score_mse": 0.0}}
+    recipe = make_recipe(tmp_path, weights=own)
+    (run,) = (run for run in plan(recipe, ["no_score_mse"], seeds=1) if run.variant.name != FULL)
+    assert run.recipe.weights == {**own, "instr": {"score_mse": 0.0, "info_nce": 2.0}}
+    told: list[str] = []
+    plan(make_recipe(tmp_path, weights={"instr": {"cosine": 0}}), seeds=1, tell=told.append)
+    (line,) = (line for line in told if line.startswith("no_cosine"))
+    assert "under this recipe it is the same as full" in line
+
+
 def test_what_the_losses_are(make_recipe: MakeRecipe, model: object, tmp_path: Path) -> None:
     recipes = {run.variant.name: run.recipe for run in plan(make_recipe(tmp_path), seeds=1)}
     losses = {name: make_loss(recipe, model) for name, recipe in recipes.items()}
     only = losses["info_nce_only"].weights
     assert {term for task in only for term, weight in only[task].items() if weight} == {"info_nce"}
+    for term in set(TERMS) - {"info_nce"}:
+        assert losses[f"no_{term}"].weights == {
+            task: {name: 0.0 if name == term else weight for name, weight in weights.items()}
+            for task, weights in losses[FULL].weights.items()
+        }
     assert losses["one_mix"].weights == {task: dict.fromkeys(TERMS, 1.0) for task in ALL_TASKS}
     assert losses["one_mix"].margins == dict.fromkeys(ALL_TASKS, 0.2)
     assert losses["no_prefix"].hidden_prefixes == tuple(TASKS)
