@@ -1,4 +1,4 @@
-"""Write the tables of the READMEs and of docs/speed.md anew from what was measured.
+"""Write the tables of the READMEs, docs/speed.md and docs/scaling.md anew from what was measured.
 
     make bench                                             # speed: benchmarks/results.md
     make demo
@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sentence_vipyloqwen.ablation.report import cell, change, tame, write_report
-from sentence_vipyloqwen.ablation.results import MEAN, load_results, summarise
+from sentence_vipyloqwen.ablation.report import cell, change, shown, tame, write_report
+from sentence_vipyloqwen.ablation.results import FEWEST_SEEDS, MEAN, load_results, summarise
 from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS
 from sentence_vipyloqwen.model_card import CURVES_FILE
 from sentence_vipyloqwen.tasks import TASKS
@@ -30,6 +30,10 @@ from sentence_vipyloqwen.train.run import MODEL
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS, DEMO, ABLATION = ROOT / "benchmarks" / "results.md", DOCS / "demo.json", DOCS / "ablation"
+METRICS, SCORES = "metrics.json", "mteb.json"
+"""What a folder of the demo has, once `vipyloqwen mteb` has been run on its model."""
+
+SCALING, RECORDS = DOCS / "scaling.md", ROOT / "benchmarks" / "scale.md"
 SPEED, CURVES, MTEB = DOCS / "speed.md", DOCS / "demo_curves.svg", DOCS / "mteb.json"
 
 ENCODE, TRAINING = "Encode, against stock SentenceTransformer", "Training step, against stock SentenceTransformer"
@@ -51,15 +55,20 @@ AIMS = (
 """What docs/speed.md says was aimed at: its words; section, row and column of the results; the aim."""
 
 HEADLINES = (
-    ("vqa_single", "accuracy"),
-    ("vqa_multi", "accuracy"),
-    ("text_pair", "spearman"),
-    ("instr", "recall@1"),
-    ("instr", "recall@10"),
-    ("ocr", "recall@10"),
-    ("general", "recall@10"),
+    ("vqa_single", "", "accuracy", "0.95"),
+    ("vqa_multi", "", "accuracy", ""),
+    ("text_pair", "", "spearman", "0.8"),
+    ("instr", "", "recall@1", ""),
+    ("instr", "", "recall@10", "0.8"),
+    ("ocr", "", "recall@10", ""),
+    ("general", "", "recall@10", ""),
+    ("general", "caption", "recall@10", "0.8"),
+    ("general", "document", "recall@10", ""),
 )
-"""Task and measure of each line of the demo's table; the lines of text alone follow."""
+"""Of each line of the demo's table: task, domain if it is of one alone, measure, and what was aimed at."""
+
+LINES = (("recall@1", "0.8"), ("recall@10", ""))
+"""The same of lines of text, which are measured among themselves."""
 
 ENGLISH = {
     "speed": "| times faster than stock | encode | training step |",
@@ -71,13 +80,14 @@ ENGLISH = {
     "shared": "8 questions on each page",
     "duplicates": "each input 4 times",
     "single": "one by one",
-    "figures": "| task | measure | before training | after training |",
+    "figures": "| task | measure | before training | after training | aim |",
     "counts": "({queries} queries, {candidates} candidates)",
     "pairs": "({queries} pairs)",
     "lines": ", unseen lines alone",
-    "captions": ", pictures of shapes alone",
+    "caption": ", pictures of shapes alone",
+    "document": ", pages of documents alone",
     "mteb": "| task of mteb | subset | metric | value |",
-    "ablation": ("variant", "what is changed", "seeds", "average of tasks", "difference", "tasks beyond the spread"),
+    "ablation": ("variant", "what is changed", "seeds", "average of tasks", "difference", "significant in"),
     "changes": {variant.name: variant.change for variant in VARIANTS.values()},
     "against": "{difference}, against `{other}`",
 }
@@ -91,19 +101,31 @@ VIETNAMESE = {
     "shared": "8 câu hỏi mỗi trang",
     "duplicates": "mỗi đầu vào 4 lần",
     "single": "từng cái một",
-    "figures": "| tác vụ | thước đo | trước huấn luyện | sau huấn luyện |",
+    "figures": "| tác vụ | thước đo | trước huấn luyện | sau huấn luyện | mục tiêu |",
     "counts": "({queries} truy vấn, {candidates} ứng viên)",
     "pairs": "({queries} cặp)",
     "lines": ", riêng các dòng chữ chưa thấy",
-    "captions": ", riêng ảnh các hình",
+    "caption": ", riêng ảnh các hình",
+    "document": ", riêng các trang tài liệu",
     "mteb": "| bài đo của mteb | phần | thước đo | giá trị |",
-    "ablation": ("biến thể", "thay đổi", "seed", "trung bình các tác vụ", "chênh lệch", "tác vụ chênh quá độ phân tán"),
+    "ablation": (
+        "biến thể",
+        "thay đổi",
+        "seed",
+        "trung bình các tác vụ",
+        "chênh lệch",
+        "tác vụ khác biệt có ý nghĩa thống kê",
+    ),
     "changes": {
         "full": "không đổi gì",
         "info_nce_only": "mọi tác vụ chỉ còn InfoNCE (cặp vẫn có trọng số như trước)",
+        "no_score_mse": "sai số bình phương của điểm (text_pair) có trọng số 0; các thành phần khác giữ nguyên",
+        "no_cosine": "thành phần cosine (instr) có trọng số 0; các thành phần khác giữ nguyên",
+        "no_triplet": "thành phần triplet (ocr, vqa_single, vqa_multi) có trọng số 0; các thành phần khác giữ nguyên",
         "one_mix": "cả bốn thành phần loss với trọng số 1 và margin 0.2 cho mọi tác vụ",
         "published_pair_weight": "một cặp có điểm được tính trọn trong InfoNCE, điểm bao nhiêu cũng vậy",
         "published_triplet": "triplet lấy độ tương đồng đã chia cho nhiệt độ",
+        "published_triplet_weighed": "triplet như công bố, trọng số nhân với nhiệt độ",
         "no_prefix": "chỉ loss thấy tiền tố, cả khi huấn luyện lẫn khi đánh giá",
         "prefix_forgotten": "mô hình của full, hỏi mà không có tiền tố",
         **{f"no_{task}_prefix": f"chỉ loss thấy <{task}>, cả khi huấn luyện lẫn khi đánh giá" for task in TASKS},
@@ -114,7 +136,11 @@ VIETNAMESE = {
         "mixed_batches": "một lô có nhiều tác vụ; mẫu âm vẫn cùng tác vụ",
         "all_negatives": "lô nhiều tác vụ, dòng của mọi tác vụ đều là mẫu âm",
         "in_batch": "mỗi lần đối chiếu 24 dòng như công bố, mỗi bước nhiều lô như thế",
-        "grad_cache": "đối chiếu mọi dòng của một bước như thế với nhau, tính mỗi lần 24 dòng (GradCache)",
+        "in_batch_192": "mỗi lần đối chiếu 24 dòng như công bố, mỗi bước chỉ 8 lô như thế",
+        **dict.fromkeys(
+            ("grad_cache", "grad_cache_192"),
+            "đối chiếu mọi dòng của một bước như thế với nhau, tính mỗi lần 24 dòng (GradCache)",
+        ),
         "cut": "mô hình của full, embedding cắt còn 1/8",
         "matryoshka": "huấn luyện ở trọn, nửa, phần tư và 1/8 kích thước (Matryoshka)",
         "matryoshka_cut": "mô hình của matryoshka, embedding cắt còn 1/8",
@@ -128,15 +154,21 @@ def main(arguments: list[str]) -> None:
     """Keep the demo's figures, where its folder is given, and write the tables."""
     for folder in map(Path, arguments):
         kept = {
-            folder / "metrics.json": DEMO,
-            folder / "mteb.json": MTEB,
+            folder / METRICS: DEMO,
+            folder / SCORES: MTEB,
             folder / "training" / MODEL / CURVES_FILE: CURVES,
         }
         if missing := [str(path) for path in kept if not path.exists()]:
             raise FileNotFoundError(f"{', '.join(missing)}: missing. See the commands at the head of this file.")
+        measured = {
+            name: json.loads((folder / name).read_text(encoding="utf-8"))["weights"] for name in (METRICS, SCORES)
+        }
+        if len(set(measured.values())) > 1:
+            raise ValueError(f"{folder} holds figures of different models, by their weights: {measured}.")
         for path, copy in kept.items():
             shutil.copyfile(path, copy)
     write_report(ABLATION)
+    SCALING.write_text(with_records(SCALING.read_text(encoding="utf-8")), encoding="utf-8")
     SPEED.write_text(with_aims(SPEED.read_text(encoding="utf-8")), encoding="utf-8")
     for name, words in READMES.items():
         file = ROOT / name
@@ -153,10 +185,16 @@ def with_aims(text: str) -> str:
     return with_region(text, "aims", "\n".join(["| | aim | reached | |", "|---|---|---|---|", *lines]) + "\n")
 
 
+def with_records(text: str) -> str:
+    """The text of docs/scaling.md with the table of ``benchmarks/scale.md``."""
+    measured = RECORDS.read_text(encoding="utf-8").splitlines()
+    return with_region(text, "records", "\n".join(line for line in measured if line.startswith("|")) + "\n")
+
+
 def with_figures(text: str, words: Mapping[str, Any]) -> str:
     """The text of a README with its tables written anew."""
     text = with_region(text, "speed", speed_table(RESULTS.read_text(encoding="utf-8"), words))
-    text = with_region(text, "mteb", mteb_table(json.loads(MTEB.read_text(encoding="utf-8")), words))
+    text = with_region(text, "mteb", mteb_table(json.loads(MTEB.read_text(encoding="utf-8"))["scores"], words))
     text = with_region(text, "ablation", ablation_table(load_results(ABLATION), words))
     return with_region(text, "figures", demo_table(json.loads(DEMO.read_text(encoding="utf-8")), words))
 
@@ -203,27 +241,24 @@ def section_rows(results: str, section: str) -> dict[str, dict[str, str]]:
 def demo_table(metrics: Mapping[str, Any], words: Mapping[str, Any]) -> str:
     """What the demo's model reached on held-out data, before and after training."""
     lines = []
-    for task, measure in HEADLINES:
-        before, after = (metrics[when]["tasks"][task] for when in ("before", "after"))
-        lines.append(_line(task, after, measure, _figure(before, measure), words))
-    before, after = (_captions(metrics[when]) for when in ("before", "after"))
-    lines.append(_line("general", after, "recall@10", _figure(before, "recall@10"), words, words["captions"]))
+    for task, domain, measure, aim in HEADLINES:
+        before, after = (_part(metrics[when]["tasks"][task], domain) for when in ("before", "after"))
+        lines.append(_line(task, after, measure, _figure(before, measure), aim, words, words.get(domain, "")))
     alone = metrics["ocr_lines"]["tasks"]["ocr"]
-    lines += [_line("ocr", alone, measure, "–", words, words["lines"]) for measure in ("recall@1", "recall@10")]
-    return "\n".join([words["figures"], "|---|---|---|---|", *lines]) + "\n"
+    lines += [_line("ocr", alone, measure, "–", aim, words, words["lines"]) for measure, aim in LINES]
+    return "\n".join([words["figures"], "|---|---|---|---|---|", *lines]) + "\n"
 
 
-def _captions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Pictures asked for their captions, among the captions of pages as well."""
-    task = evaluation["tasks"]["general"]
-    return {**task["domain"]["caption"], "candidates": task["candidates"]}
+def _part(task: Mapping[str, Any], domain: str) -> Mapping[str, Any]:
+    """What a task reached, or its queries of one domain, ranked among the candidates of all."""
+    return {**task["domain"][domain], "candidates": task["candidates"]} if domain else task
 
 
 def _line(
-    task: str, result: Mapping[str, Any], measure: str, before: str, words: Mapping[str, Any], of: str = ""
+    task: str, result: Mapping[str, Any], measure: str, before: str, aim: str, words: Mapping[str, Any], of: str
 ) -> str:
     counts = words["counts" if result["candidates"] else "pairs"].format_map(result)
-    return f"| `{task}`{of} {counts} | {measure} | {before} | {_figure(result, measure)} |"
+    return f"| `{task}`{of} {counts} | {measure} | {before} | {_figure(result, measure)} | {aim} |"
 
 
 def _figure(result: Mapping[str, Any], measure: str) -> str:
@@ -237,18 +272,23 @@ def mteb_table(scores: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) ->
 
 
 def ablation_table(runs: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) -> str:
-    """What every change did to the mean of the tasks, and to which of them it did something."""
+    """What every change did to what it is about, and to which tasks it did something; of one seed, nothing is told."""
     lines = []
     for result in summarise(runs):
-        figure, difference = cell(result.figures.get(result.main)), change(result.differences.get(result.main))
+        if result.variant.against and result.compared_seeds < FEWEST_SEEDS:
+            continue
+        found = result.differences.get(result.main)
+        figure, difference = cell(result.figures.get(result.main)), change(found)
+        if found and found.counts:
+            difference = f"**{difference}**"
         if result.main != MEAN:
             figure = f"{result.main} {figure}"
         if difference and result.variant.against != FULL:
             difference = words["against"].format(difference=difference, other=result.variant.against)
         counted = [
-            f"{name} {change(found)}"
-            for name, found in result.differences.items()
-            if found.counts and name != result.main
+            f"{shown(name)} {change(other)}"
+            for name, other in result.differences.items()
+            if other.counts and name != result.main
         ]
         what = tame(words["changes"][result.variant.name])
         cells = [f"`{result.variant.name}`", what, str(result.seeds), figure, difference, "; ".join(counted)]

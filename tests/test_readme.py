@@ -15,7 +15,6 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +33,12 @@ from sentence_vipyloqwen.ablation.plan import plan
 from sentence_vipyloqwen.ablation.report import write_report
 from sentence_vipyloqwen.ablation.results import RESULTS_FILE
 from sentence_vipyloqwen.ablation.variants import FULL, VARIANTS, with_needed
-from sentence_vipyloqwen.cli.shared import parse_settings
 from sentence_vipyloqwen.demo import data as demo_data
 from sentence_vipyloqwen.demo import run as demo
 from sentence_vipyloqwen.demo.data import DemoSizes, build_demo_data
 from sentence_vipyloqwen.files import measure
 from sentence_vipyloqwen.index.items import ITEM_KEYS
+from sentence_vipyloqwen.mteb_tasks.offline import VietnameseDocumentRetrieval
 from sentence_vipyloqwen.tasks import ALL_TASKS, GENERAL, Task
 from sentence_vipyloqwen.train.recipe import load_recipe, shipped_recipes
 from sentence_vipyloqwen.train.records import parse_record
@@ -233,11 +232,32 @@ def test_the_aims_for_speed_are_held_to_the_results() -> None:
     assert written["with_aims"](read("docs/speed.md")) == read("docs/speed.md")
 
 
+def test_the_records_at_scale_are_those_measured() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))
+    page = read("docs/scaling.md")
+    assert written["with_records"](page) == page
+    assert written["with_records"](page.replace("| 11,000,000 | validate |", "| 11 | validate |")) == page
+
+
 def test_half_of_a_demo_replaces_no_figures(tmp_path: Path) -> None:
     before = read("docs/demo.json")
     (tmp_path / "metrics.json").write_text("{}")
     main = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))["main"]
     with pytest.raises(FileNotFoundError, match=r"mteb\.json, .*curves\.svg: missing"):
+        main([str(tmp_path)])
+    assert read("docs/demo.json") == before
+
+
+def test_figures_of_two_models_are_not_put_together(tmp_path: Path) -> None:
+    before = read("docs/demo.json")
+    kept, mteb = (json.loads(read(f"docs/{name}.json")) for name in ("demo", "mteb"))
+    assert kept["weights"] == mteb["weights"]
+    (tmp_path / "metrics.json").write_text(json.dumps(kept))
+    (tmp_path / "mteb.json").write_text(json.dumps({**mteb, "weights": "of another"}))
+    (tmp_path / "training/model/assets").mkdir(parents=True)
+    (tmp_path / "training/model/assets/curves.svg").touch()
+    main = runpy.run_path(str(ROOT / "docs" / "write_figures.py"))["main"]
+    with pytest.raises(ValueError, match=r"holds figures of different models, by their weights: .*of another"):
         main([str(tmp_path)])
     assert read("docs/demo.json") == before
 
@@ -264,18 +284,16 @@ def test_the_ablation_is_what_its_command_does(monkeypatch: pytest.MonkeyPatch, 
     """It would do the committed runs again, no more and no fewer, by the same settings on the same data."""
     monkeypatch.setattr(demo_data, "_write_images", lambda *arguments: None)
     sizes = {name: int(number) for name, number in (size.split("=") for size in words_of("ABLATION_DATA"))}
-    made = build_demo_data(tmp_path, sizes=DemoSizes().with_train(sizes))
-    own: dict[str, dict[str, int]] = defaultdict(dict)
-    for key, value in parse_settings(words_of("ONCE_SETTINGS")).items():
-        variant, _, setting = key.partition(".")
-        own[variant][setting] = value
+    made = build_demo_data(tmp_path, sizes=DemoSizes().replaced(sizes))
     places = {"base": "base", "train": [str(made.train)], "eval": str(made.eval), "output": "output"}
     recipe = load_recipe(str(ROOT / "docs" / "ablation.yaml"), places)
     planned = {
         (run.variant.name, run.recipe.seed): json.loads(json.dumps(run.settings()))
-        for run in [*plan(recipe, words_of("ABLATED"), seeds=3), *plan(recipe, words_of("ONCE"), seeds=1, own=own)]
+        for run in [*plan(recipe, words_of("ABLATED"), seeds=3), *plan(recipe, words_of("ONCE"), seeds=1)]
     }
-    runs = json.loads(read(f"docs/ablation/{RESULTS_FILE}"))["runs"]
+    kept = json.loads(read(f"docs/ablation/{RESULTS_FILE}"))
+    runs = kept["runs"]
+    assert kept["about"] == " ".join(words_of("ABLATION_ABOUT"))
     assert {(run["variant"], run["seed"]): run["settings"] for run in runs} == planned
     digests = {name: measure(getattr(made, name))["xxh3_128"] for name in ("train", "eval")}
     for run in runs:
@@ -291,6 +309,23 @@ def test_what_is_said_of_the_ablation_has_its_figures(name: str) -> None:
     figures = re.findall(r"[+-]?0\.\d{3}", said)
     assert figures
     assert not [figure for figure in figures if figure not in known]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_what_knowing_the_kind_of_a_page_gives_is_said(name: str) -> None:
+    before, _, _ = read(name).partition("<!-- mteb:start -->")
+    assert f"{VietnameseDocumentRetrieval().kind_baseline():.3f}" in before[-400:]
+
+
+def test_what_is_said_of_the_index_has_its_figures() -> None:
+    """Every figure in the words of docs/index.md stands in the raw results, rounded as it is in the words."""
+    said = read("docs/index.md").partition("## What it costs\n")[2].partition("\n## ")[0]
+    figures = re.findall(r"(?<![\w.])\d+\.\d+", said)
+    measured = [float(figure) for figure in re.findall(r"(?<![\w.])\d+\.\d+", read("benchmarks/index.md"))]
+    assert len(figures) > 10
+    for figure in figures:
+        half = 0.5 * 10.0 ** -len(figure.partition(".")[2])
+        assert any(abs(raw - float(figure)) <= half * 1.001 for raw in measured), figure
 
 
 def test_the_report_of_the_ablation_is_that_of_its_results(tmp_path: Path) -> None:

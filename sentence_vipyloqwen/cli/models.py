@@ -24,8 +24,8 @@ def demo(
         list[str] | None,
         typer.Option(
             metavar="NAME=NUMBER",
-            help="How much of something to train on, e.g. `text_pairs=3000`; may be given often, with a folder of its "
-            "own. An unknown name lists them all.",
+            help="How much of something to train on, e.g. `text_pairs=3000`, or to hold out, `eval.text_pairs=300`; "
+            "may be given often, with a folder of its own. An unknown name lists them all.",
         ),
     ] = None,
 ) -> None:
@@ -37,7 +37,7 @@ def demo(
     from sentence_vipyloqwen.demo.run import PROCESSES, prepare_demo, run_demo
     from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 
-    sizes = DemoSizes().with_train(parse_settings(size or [], "--size", "text_pairs=3000"))
+    sizes = DemoSizes().replaced(parse_settings(size or [], "--size", "text_pairs=3000"))
     if data_only:
         if steps or processes:
             raise ValueError("--data-only trains nothing: leave out --steps and --processes.")

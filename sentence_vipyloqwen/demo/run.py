@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -26,6 +26,7 @@ from sentence_transformers import SentenceTransformer
 
 from sentence_vipyloqwen.demo.base_model import make_tiny_base
 from sentence_vipyloqwen.demo.data import DemoData, DemoSizes, build_demo_data
+from sentence_vipyloqwen.fingerprint import fingerprint
 from sentence_vipyloqwen.index import SearchResult, VectorIndex, write_report
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.model_card import CARD_FILE
@@ -34,8 +35,11 @@ from sentence_vipyloqwen.tasks import split_prefix
 from sentence_vipyloqwen.train.evaluation import Evaluation, evaluate
 from sentence_vipyloqwen.train.interruption import SIGNALS, ProcessLost, TrainingInterrupted
 from sentence_vipyloqwen.train.recipe import Recipe, load_recipe
-from sentence_vipyloqwen.train.records import Record, read_records
+from sentence_vipyloqwen.train.record_lines import read_records
+from sentence_vipyloqwen.train.records import Record
 from sentence_vipyloqwen.train.run import METRICS_FILE, MODEL, train
+
+T = TypeVar("T")
 
 RECIPE = "tiny.yaml"
 MIN_PIXELS = 6272
@@ -140,7 +144,8 @@ def run_demo(
     steps.run("Training on all tasks together", lambda: _train(recipe, processes))
     training = Path(recipe.output)
     model_path, measured = training / MODEL, json.loads((training / METRICS_FILE).read_text(encoding="utf-8"))
-    lines = evaluate(ViPyloQwen(model_path, device="cpu"), data.eval_lines)
+    model = ViPyloQwen(model_path, device="cpu")
+    lines = evaluate(model, data.eval_lines)
     _show(steps.console, measured, lines)
     records = list(read_records(data.eval))
     agreement = steps.run(
@@ -154,6 +159,7 @@ def run_demo(
         "stock_agreement": agreement,
         "records": data.counts,
         "processes": processes,
+        "weights": fingerprint(model).weights,
         "recipe": {name: value for name, value in yaml.safe_load(recipe.to_yaml()).items() if name not in settings},
         "seconds": steps.seconds,
     }
@@ -164,7 +170,7 @@ def run_demo(
 
 
 def _prepare(output: Path, sizes: DemoSizes, seed: int, steps: _Steps) -> tuple[DemoData, Path]:
-    data: DemoData = steps.run(
+    data = steps.run(
         "Data: easy-vqa, CLDR names, rendered Vietnamese documents",
         lambda: _make_data(output, sizes, seed, steps.console),
     )
@@ -247,7 +253,7 @@ class _Steps:
         self.console = console
         self.seconds: dict[str, float] = {}
 
-    def run(self, name: str, work: Any) -> Any:
+    def run(self, name: str, work: Callable[[], T]) -> T:
         """Do a step's work and return its result."""
         self.console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/]")
         start = time.perf_counter()

@@ -15,7 +15,7 @@ from PIL import Image
 from sentence_vipyloqwen.demo.data import DemoData, DemoSizes, SplitSizes, build_demo_data
 from sentence_vipyloqwen.demo.sources import documents
 from sentence_vipyloqwen.tasks import ALL_TASKS, GENERAL, split_prefix
-from sentence_vipyloqwen.train.records import validate
+from sentence_vipyloqwen.train.validation import validate
 
 SIZES = DemoSizes().scaled(0.03)
 OPEN_TASKS = ("ocr", "text_pair", "instr")
@@ -116,7 +116,7 @@ def test_data_of_other_sizes_are_not_written_over(tmp_path: Path) -> None:
     sizes = DemoSizes().scaled(0.005)
     made = build_demo_data(tmp_path, sizes=sizes)
     before = made.train.read_bytes()
-    for seed, other in ((1, sizes), (0, sizes.with_train({"lines": 9}))):
+    for seed, other in ((1, sizes), (0, sizes.replaced({"lines": 9}))):
         with pytest.raises(ValueError, match=r"holds data of .*'lines': .* Choose another folder"):
             build_demo_data(tmp_path, seed=seed, sizes=other)
     assert made.train.read_bytes() == before
@@ -156,11 +156,11 @@ def test_default_sizes_hold_what_the_readme_says() -> None:
 
 
 def test_some_sizes_of_the_train_split_are_replaced() -> None:
-    sizes = DemoSizes().with_train({"lines": 5, "captions": 6})
+    sizes = DemoSizes().replaced({"lines": 5, "captions": 6})
     assert vars(sizes.train) == {**vars(DemoSizes().train), "lines": 5, "captions": 6}
     assert sizes.eval == DemoSizes().eval
     with pytest.raises(ValueError, match=r"Unknown sizes \['line'\]; allowed are \['vqa_images', .*'instructions'\]"):
-        DemoSizes().with_train({"line": 5})
+        DemoSizes().replaced({"line": 5})
 
 
 @pytest.mark.parametrize("bad", [0, -1])

@@ -19,11 +19,12 @@ from sentence_vipyloqwen.cli import app
 from sentence_vipyloqwen.demo import run
 from sentence_vipyloqwen.demo.data import DemoSizes
 from sentence_vipyloqwen.demo.sources import documents
+from sentence_vipyloqwen.fingerprint import fingerprint
 from sentence_vipyloqwen.index import VectorIndex
 from sentence_vipyloqwen.model import ViPyloQwen
 from sentence_vipyloqwen.train.interruption import ProcessLost, TrainingInterrupted
 from sentence_vipyloqwen.train.recipe import load_recipe
-from sentence_vipyloqwen.train.records import read_records
+from sentence_vipyloqwen.train.record_lines import read_records
 
 SMALL = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "embedding_dim": 16}
 
@@ -44,6 +45,7 @@ def test_the_whole_job_on_a_small_scale(tmp_path: Path, processes: int, monkeypa
     assert metrics["stock_agreement"]["norm_error"] < 1e-4
     assert set(metrics["before"]["tasks"]) == set(metrics["after"]["tasks"])
     assert metrics["ocr_lines"]["tasks"]["ocr"]["queries"] > 0
+    assert metrics["weights"] == fingerprint(ViPyloQwen(result.model_path, device="cpu")).weights
     assert SMALL.items() <= metrics["recipe"].items()
     assert not {"base", "train", "eval", "output"} & metrics["recipe"].keys()
     assert metrics["processes"] == processes
@@ -130,10 +132,10 @@ def test_sizes_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pat
     asked: list[DemoSizes] = []
     monkeypatch.setattr(run, "prepare_demo", lambda output, *, sizes, console: asked.append(sizes))
     monkeypatch.setattr(run, "run_demo", lambda output, *, sizes, **options: asked.append(sizes))
-    size = ["--size", "lines=5", "--size", "captions=6"]
+    size = ["--size", "lines=5", "--size", "eval.captions=6"]
     for only in ([], ["--data-only"]):
         assert CliRunner().invoke(app, ["demo", str(tmp_path), *size, *only]).exit_code == 0
-    assert asked == [DemoSizes().with_train({"lines": 5, "captions": 6})] * 2
+    assert asked == [DemoSizes().replaced({"lines": 5, "eval.captions": 6})] * 2
 
 
 @pytest.mark.parametrize(
