@@ -36,7 +36,8 @@ ABLATION_DATA = vqa_questions=7 vqa_multi=3000 captions=2000 lines=15000 text_pa
 ABLATION_ABOUT = The base is a random Qwen2-VL of three million parameters, so all that a model knows it has learned here. The \
     data are what vipyloqwen demo makes: questions about the pictures of shapes of easy-vqa, of one turn, of several, and of \
     several pictures; rendered lines and pages of Vietnamese text; names, dates and amounts of CLDR in Vietnamese, English \
-    and Chinese, as pairs of texts and as instructions; captions.
+    and Chinese, as pairs of texts and as instructions; captions. make ablation does all of it, by docs/ablation.yaml: two runs \
+    at a time, of one thread each, on a virtual machine of two cores and 24 GB of memory; a few of those below were one of three.
 ABLATE = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/vipyloqwen ablate --recipe docs/ablation.yaml \
     --base ablation-output/demo/base --train ablation-output/demo/data/train.jsonl \
     --eval ablation-output/demo/data/eval.jsonl --output ablation-output --about '$(ABLATION_ABOUT)'
