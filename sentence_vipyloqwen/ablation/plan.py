@@ -215,10 +215,6 @@ def _changed(variant: Variant, recipe: Recipe, own: Settings, rows: Mapping[str,
         if "mix" in own:
             raise ValueError(f"its mix is its task alone; got {own['mix']}, allowed is none.")
         settings["mix"] = {task: float(task == variant.only) for task in rows}
-        settings = {
-            "logging_steps": max(1, round(share * recipe.logging_steps)),
-            **settings,
-        }  # a curve of as many points
     changed = _replaced(recipe, settings)
     if recipe.max_steps and "max_steps" not in own:
         seen = share * recipe.max_steps * recipe.batch_size * recipe.accumulation

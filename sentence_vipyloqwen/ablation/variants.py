@@ -95,15 +95,16 @@ def _no_other_terms(task: str) -> Mapping[str, float]:
     return {term: 0.0 for term in ALL_TASKS[task].weights if term != INFO_NCE}
 
 
+def _reweighed(recipe: Recipe, term: str, factor: float) -> Mapping[str, Mapping[str, float]]:
+    """The weights of a recipe, those of one term times a factor wherever it takes part."""
+    weights = {task: of[term] for task, of in merge_weights(recipe.weights).items() if of.get(term)}
+    changed = {task: {**recipe.weights.get(task, {}), term: factor * weight} for task, weight in weights.items()}
+    return {**recipe.weights, **changed}
+
+
 def _without_term(term: str, what: str) -> Variant:
     """The weight of one term 0, whatever the recipe gives it."""
     users = [task for task in TASKS if term in TASKS[task].weights]
-
-    def settings(recipe: Recipe) -> Mapping[str, Any]:
-        weights = merge_weights(recipe.weights)
-        without = {task: {**recipe.weights.get(task, {}), term: 0.0} for task in weights if weights[task].get(term)}
-        return {"weights": {**recipe.weights, **without}}
-
     return Variant(
         name=f"no_{term}",
         change=f"{what} ({', '.join(users)}) has weight 0; the other terms stay",
@@ -114,7 +115,7 @@ def _without_term(term: str, what: str) -> Variant:
         if_better="No",
         if_worse="Yes",
         about=users[0] if len(users) == 1 else None,
-        settings=settings,
+        settings=lambda recipe: {"weights": _reweighed(recipe, term, 0.0)},
     )
 
 
@@ -150,18 +151,12 @@ def _long_steps(batches: int, how_many: str, suffix: str = "") -> tuple[Variant,
     return one_by_one, as_a_whole
 
 
-def _triplet_of_equal_weight(recipe: Recipe) -> Mapping[str, Any]:
+def _published_triplet_weighed(recipe: Recipe) -> Mapping[str, Any]:
     """The published triplet term with gradients as large as those in units of cosine: only its margin is another.
 
     ``max(0, (n - p) / t + m)`` times ``t`` is ``max(0, n - p + m t)``.
     """
-    weights = merge_weights(recipe.weights)
-    scaled = {
-        task: {**recipe.weights.get(task, {}), TRIPLET: of[TRIPLET] * recipe.temperature}
-        for task, of in weights.items()
-        if of.get(TRIPLET)
-    }
-    return {"triplet_scale": "temperature", "weights": {**recipe.weights, **scaled}}
+    return {"triplet_scale": "temperature", "weights": _reweighed(recipe, TRIPLET, recipe.temperature)}
 
 
 def _without_prefix_of(task: str) -> Variant:
@@ -258,7 +253,7 @@ _VARIANTS = (
         if_better="By its margin too, which is better than ours",
         if_worse="By its margin too",
         if_equal="By its weight, as far as this shows",
-        settings=_triplet_of_equal_weight,
+        settings=_published_triplet_weighed,
     ),
     # Prefixes.
     Variant(

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from mteb.abstasks import AbsTask, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from sentence_vipyloqwen.demo.data import DemoSizes, generator
+from sentence_vipyloqwen.demo.data import EVAL, DemoSizes, generator
 from sentence_vipyloqwen.demo.sources import cldr, documents, easy_vqa
 from sentence_vipyloqwen.mteb_tasks.queries import (
     CHINESE,
@@ -133,7 +133,7 @@ class VietnameseDocumentRetrieval(_Drawn, AbsTaskRetrieval):
         pages: dict[str, documents.Page] = {}
         askings: dict[str, Asking] = {}
         for domain in documents.PAGE_SIZES:
-            held_out = documents.draw_pages(domain, _HELD_OUT.pages, generator(self.data_seed, "eval", domain))
+            held_out = documents.draw_pages(domain, _HELD_OUT.pages, generator(self.data_seed, EVAL, domain))
             for place, clear in enumerate(clear_askings(held_out)[: self.pages]):
                 pages[of := f"{domain}-{place:04d}"] = held_out[place]
                 askings[of] = self._rng(f"asking/{of}").choice(clear)
@@ -262,7 +262,7 @@ class CLDRPairSTS(_Drawn, AbsTaskSTS):
         """Draw the pairs."""
         if self.data_loaded:
             return
-        held_out = cldr.draw_pairs(_HELD_OUT.text_pairs, generator(self.data_seed, "eval", "text_pair"))
+        held_out = cldr.draw_pairs(_HELD_OUT.text_pairs, generator(self.data_seed, EVAL, "text_pair"))
         pairs = random.Random(f"{self.data_seed}/mteb").sample(held_out, self.pairs)
         columns = {
             "sentence1": [pair.anchor for pair in pairs],

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from sentence_vipyloqwen.files import replacing
 from sentence_vipyloqwen.tasks import ALL_TASKS, SCORE_MSE
-from sentence_vipyloqwen.train.record_lines import RecordError, StrPath, image_root
+from sentence_vipyloqwen.train.record_lines import RecordError, StrPath, image_root, numbered_lines
 from sentence_vipyloqwen.train.records import Record, Side, parse_record
 
 TASK_NAMES = tuple(ALL_TASKS)
@@ -28,8 +28,6 @@ SIDES_REMEMBERED = 1 << 12
 
 OPEN, KEPT, SCORED = range(3)
 """A row's state: it is to get negatives, it has them, or it bears a score."""
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RecordFile:
@@ -46,14 +44,9 @@ class RecordFile:
         self._state = self._stat()
 
     def lines(self) -> Iterator[tuple[int, int, bytes]]:
-        """Each line that is not blank: its number from 1, the byte at which it begins, and itself."""
-        begin = 0
+        """See `numbered_lines`."""
         with open(self.path, "rb") as file:
-            for number, whole in enumerate(file, start=1):
-                line = whole.removeprefix(_BYTE_ORDER_MARK) if number == 1 else whole
-                if line.strip():
-                    yield number, begin + len(whole) - len(line), line
-                begin += len(whole)
+            yield from numbered_lines(file)
 
     def line_at(self, offset: int) -> bytes:
         """The line that begins at a byte."""

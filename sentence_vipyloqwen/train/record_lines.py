@@ -24,6 +24,9 @@ LINES_AT_ONCE = 1000
 BYTES_AT_ONCE = 1 << 24
 """Lines whose images are looked at together; either bound ends them, so that data URIs do not fill the memory."""
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some editors put it first."""
+
 StrPath: TypeAlias = str | os.PathLike[str]
 
 
@@ -149,18 +152,20 @@ def image_root(path: StrPath) -> str:
 # --- Lines ---
 
 
-def _numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(file, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors put first
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Each line that is not blank: its number from 1, the byte at which it begins, and itself."""
+    begin = 0
+    for number, whole in enumerate(file, start=1):
+        line = whole.removeprefix(_BYTE_ORDER_MARK) if number == 1 else whole
         if line.strip():
-            yield number, line
+            yield number, begin + len(whole) - len(line), line
+        begin += len(whole)
 
 
 def _with_progress(file: BinaryIO, show: bool, every: int = 1000) -> Iterator[tuple[int, bytes]]:
     with Progress(console=Console(stderr=True), disable=not show) as progress:
         bar = progress.add_task(f"Reading {file.name}", total=os.fstat(file.fileno()).st_size)
-        for number, line in _numbered_lines(file):
+        for number, _, line in numbered_lines(file):
             if show and number % every == 0:
                 progress.update(bar, completed=file.tell())
             yield number, line
